@@ -338,7 +338,7 @@ def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
         head_dim, heads = cfg.model_dim // cfg.num_heads, DEMO["num_heads"]
         cfg = replace(cfg, **DEMO, num_kv_heads=heads * cfg.num_kv_heads // cfg.num_heads,
                       rope_dims=cfg.rope_dims * DEMO["model_dim"] // heads // head_dim)
-    cfg = replace(cfg, **values, scale=scale)
+    cfg = replace(cfg, **(values | dict(scale=scale)))
     cfg = replace(cfg, run_id=cfg.run_id or f"{name}-{scale}-{cfg.seed}")
     check_config(cfg)
     return cfg, [f"scale {scale}: {reason}", *notes]
@@ -436,7 +436,7 @@ class Run:
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                     timeout=timedelta(seconds=cfg.dist_timeout_seconds))
-        self.on_main(lambda: self.open_log(cfg))
+        self.agree(lambda: self.open_log(cfg))
 
     def open_log(self, cfg: Config) -> None:
         """Take the first free run name and open its log; existing files stay as they are."""
@@ -468,33 +468,23 @@ class Run:
                 for k, v in values.items())
         self.log(" ".join([kind if prefix is None else prefix, *body]))
 
-    def on_main(self, work):
-        """Result of work() on rank 0, sent to every rank; so is its RunError."""
-        result = [None, None]
-        if self.is_main:
+    def agree(self, work, everywhere: bool = False):
+        """Result of work() on rank 0, sent to all ranks, or every rank's own; a RunError on any
+        rank that works is raised on all."""
+        results = [[None, None] for _ in range(self.world)]
+        if everywhere or self.is_main:
             try:
-                result[0] = work()
+                results[self.rank][0] = work()
             except RunError as error:
-                result[1] = str(error)
+                results[self.rank][1] = str(error)
+        own, sent = results[self.rank][0], [None, results[self.rank][1]] if everywhere else (
+            results[self.rank])
         if self.world > 1:
-            dist.broadcast_object_list(result, src=0)
-        if result[1] is not None:
-            raise RunError(result[1])
-        return result[0]
-
-    def everywhere(self, work):
-        """This rank's work(); a RunError on one rank is raised on all."""
-        value = message = None
-        try:
-            value = work()
-        except RunError as error:
-            message = str(error)
-        messages = [message] * self.world
-        if self.world > 1:
-            dist.all_gather_object(messages, message)
-        if any(messages):
-            raise RunError(next(filter(None, messages)))
-        return value
+            dist.all_gather_object(results, sent)
+        errors = [message for _, message in results if message]
+        if errors:
+            raise RunError(errors[0])
+        return own if everywhere else results[0][0]
 
     def slowest(self, *values: float) -> list[float]:
         """Each value's maximum over the ranks (float64, exchanged through the CPU)."""
@@ -660,26 +650,22 @@ def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece processor at `path`; RunError if missing, foreign or of another size."""
     import sentencepiece
     try:
-        blob = Path(path).read_bytes()
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        size = tokenizer.get_piece_size()
     except OSError as error:
         raise RunError(f"TOKENIZER_PATH={path}: {error.strerror}") from None
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=blob)
-    except (RuntimeError, OSError, ValueError, TypeError):
+    except (RuntimeError, ValueError, TypeError):
         raise RunError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
-    if tokenizer.get_piece_size() != vocab_size:
-        raise RunError(f"{path}: the tokenizer has {tokenizer.get_piece_size()} pieces, VOCAB_SIZE "
-                       f"is {vocab_size}")
+    if size != vocab_size:
+        raise RunError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE is {vocab_size}")
     return tokenizer
 
 
 def vocabulary_hash(tokenizer) -> str:
     """SHA-256 over pieces and their types, in id order: equal hashes read tokens alike."""
-    digest = hashlib.sha256()
-    for i in range(tokenizer.get_piece_size()):
-        kind = (tokenizer.is_control(i), tokenizer.is_unknown(i), tokenizer.is_byte(i))
-        digest.update(f"{tokenizer.id_to_piece(i)}\t{kind}\n".encode())
-    return digest.hexdigest()
+    t, size = tokenizer, tokenizer.get_piece_size()
+    return hashlib.sha256(repr([(t.id_to_piece(i), t.is_control(i), t.is_unknown(i), t.is_byte(i))
+                                for i in range(size)]).encode()).hexdigest()
 
 
 def byte_table(tokenizer) -> ByteTable:
@@ -811,8 +797,8 @@ def split_documents(documents: list[tuple[str, str]]) -> tuple[list, list]:
 def prepare_text(cfg: Config, run: Run) -> Path:
     """Tokenizer and shards of the text, made once; the folder, named by the text's hash."""
     started = time.perf_counter()
-    documents = user_documents(cfg.text_files) if cfg.text_files else python_documents()
-    documents = cut_documents(documents)
+    documents = cut_documents(
+        user_documents(cfg.text_files) if cfg.text_files else python_documents())
     digest = hashlib.sha256(f"{TEXT_RECIPE} {cfg.vocab_size}".encode())
     for name, text in documents:
         digest.update(hashlib.sha256(f"{name}\0{text}".encode()).digest())
@@ -847,7 +833,7 @@ def load_data(cfg: Config, run: Run) -> Data:
     folder, model, corpus = cfg.data_path, cfg.tokenizer_path, dict(source=cfg.data_path)
     nothing_given = folder == Config.data_path and not find_shards(folder, "val")
     if cfg.text_files or (cfg.scale == "demo" and nothing_given):
-        folder = str(run.on_main(lambda: prepare_text(cfg, run)))
+        folder = str(run.agree(lambda: prepare_text(cfg, run)))
         model = os.path.join(folder, "tokenizer.model")
         corpus = json.loads(Path(folder, "corpus.json").read_text())
     paths = {split: find_shards(folder, split) for split in ("train", "val")}
@@ -1147,17 +1133,17 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
 
 
 class BankShard:
-    """Gradient, momentum and new values of the run of a bank's matrices that this rank updates.
+    """The run of a bank's matrices that this rank updates: gradient, momentum and new values.
 
     Ranks own equal runs; a bank is padded with zero matrices up to a multiple of the world size.
     """
 
     def __init__(self, bank: nn.Parameter, run: Run):
         self.bank, self.run, self.work = bank, run, None
-        self.size = -(-len(bank) // run.world)
-        self.grad = torch.zeros(self.size, *bank.shape[1:], device=bank.device)
-        self.momentum, self.shard = torch.zeros_like(self.grad), torch.zeros_like(self.grad)
-        self.full = torch.zeros(self.size * run.world, *bank.shape[1:], device=bank.device)
+        size = -(-len(bank) // run.world)
+        self.full = torch.zeros(size * run.world, *bank.shape[1:], device=bank.device)
+        self.grad, self.momentum, self.shard = torch.zeros(3, *self.full[:size].shape,
+                                                           device=bank.device)
 
     def reduce(self) -> None:
         """Start averaging the gradient over ranks into `grad` (reduce-scatter)."""
@@ -1185,11 +1171,6 @@ class BankShard:
             self.full.copy_(self.shard)
         else:
             self.work = dist.all_gather_into_tensor(self.full, self.shard, async_op=True)
-
-    def finish(self) -> None:
-        """Wait for the all-gather and store the bank."""
-        self.wait()
-        self.bank.data.copy_(self.full[: len(self.bank)])
 
 
 def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[dict]]:
@@ -1248,7 +1229,8 @@ class Optimizer:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
         for bank in self.banks:
-            bank.finish()
+            bank.wait()
+            bank.bank.data.copy_(bank.full[: len(bank.bank)])
         for p in [b.bank for b in self.banks] + self.small:
             p.grad = None
 
@@ -1258,6 +1240,7 @@ class Optimizer:
 # ------------------------------------------------------------------------------------------------
 
 MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's step
+DEFAULT_HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
 class WeightAverage:
@@ -1292,56 +1275,38 @@ class WeightAverage:
             torch._foreach_copy_(self.params, self.average)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning-rate scale, momentum and QAT as functions of the run's progress in [0, 1]."""
-    cfg: Config
+class Trainer:
+    """Training under a wall-clock cap. The clock counts steps only, not validation or logging.
+
+    SIGTERM or Ctrl-C finishes the step and goes on to export; a second one exits.
+    """
+
+    def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
+        self.model, self.data, self.cfg, self.run = model, data, cfg, run
+        self.loader, self.forward = TrainLoader(data.train, cfg, run), compiled(model, cfg, run)
+        self.elapsed, self.steps, self.last_loss, self.stopping = 0.0, 0, math.nan, False
+        self.recent: collections.deque = collections.deque(maxlen=20)  # step times in seconds
+        self.micro = micro_batch_tokens(cfg, run.world) // cfg.train_seq_len  # sequences
 
     def lr_scale(self, progress: float) -> float:
-        """1, then linear to 0 over the warmdown."""
+        """1, then linear to 0 over the warmdown; `progress` of the run in [0, 1]."""
         warmdown = min(1.0, self.cfg.warmdown_iters / self.cfg.schedule_steps)
         return min(1.0, (1 - progress) / warmdown) if warmdown else 1.0
 
     def momentum(self, progress: float) -> float:
         """Muon's momentum, warmed up linearly."""
-        cfg = self.cfg
-        warmup = cfg.muon_momentum_warmup_steps / cfg.schedule_steps
-        part = min(1.0, progress / warmup) if warmup else 1.0
+        cfg, done = self.cfg, progress * self.cfg.schedule_steps
+        part = min(1.0, done / cfg.muon_momentum_warmup_steps) if done else 0.0
         return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
 
     def qat(self, progress: float) -> bool:
         """Whether the forward pass is fake-quantized."""
         return self.cfg.qat_enabled or self.lr_scale(progress) < self.cfg.late_qat_threshold
 
-
-class StopRequest:
-    """SIGTERM or Ctrl-C during training: finish the step, go on to export; a second one exits."""
-
-    def __init__(self):
-        self.requested = False
-        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def request(self, number, _frame) -> None:
-        """The signal handler: note the request, let the next signal through."""
-        self.requested = True
-        signal.signal(number, self.previous[number])
-
-    def close(self) -> None:
-        """Give the signals back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-class Trainer:
-    """Training under a wall-clock cap. The clock counts steps only, not validation or logging."""
-
-    def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
-        self.model, self.data, self.cfg, self.run = model, data, cfg, run
-        self.loader, self.schedule = TrainLoader(data.train, cfg, run), Schedule(cfg)
-        self.forward = compiled(model, cfg, run)
-        self.elapsed, self.steps, self.last_loss = 0.0, 0, math.nan
-        self.recent: collections.deque = collections.deque(maxlen=20)  # step times in seconds
-        self.micro = micro_batch_tokens(cfg, run.world) // cfg.train_seq_len  # sequences
+    def progress(self) -> float:
+        """Part of the run that is done, by time if there is a cap, else by steps."""
+        cap, by_steps = self.cfg.max_wallclock_seconds, self.steps / max(1, self.cfg.iterations)
+        return max(by_steps, min(1.0, self.elapsed / cap)) if cap else by_steps
 
     def gradients(self, qat: bool) -> Tensor:
         """Accumulate this rank's gradient of the next batch; its mean loss () in nats per token."""
@@ -1358,8 +1323,7 @@ class Trainer:
         """Compile and run steps, with and without QAT if both will come, then put back weights and
         data position; the optimizer of these steps is thrown away."""
         started, saved = self.run.sync(), [p.detach().clone() for p in self.model.parameters()]
-        kinds = sorted({self.schedule.qat(0.0), self.schedule.qat(1.0)})
-        optimizer = Optimizer(self.model, self.cfg, self.run)
+        kinds, optimizer = sorted({self.qat(0.0), self.qat(1.0)}), self.new_optimizer()
         for step in range(self.cfg.warmup_steps):
             self.gradients(kinds[step % len(kinds)])
             optimizer.step(1.0, self.cfg.muon_momentum)
@@ -1368,39 +1332,43 @@ class Trainer:
         self.loader.position = 0
         self.run.row("warmup", steps=self.cfg.warmup_steps, seconds=self.run.sync() - started)
 
-    def progress(self) -> float:
-        """Part of the run that is done, by time if there is a cap, else by steps."""
-        by_steps = self.steps / self.cfg.iterations if self.cfg.iterations else 0.0
-        cap = self.cfg.max_wallclock_seconds
-        return max(by_steps, min(1.0, self.elapsed / cap)) if cap else by_steps
+    def new_optimizer(self) -> Optimizer:
+        """An optimizer without history."""
+        return Optimizer(self.model, self.cfg, self.run)
 
-    def may_continue(self, stop: StopRequest) -> bool:
+    def request_stop(self, number: int, _frame) -> None:
+        """Signal handler: stop after this step; the next signal acts as it does by default."""
+        self.stopping = True
+        signal.signal(number, DEFAULT_HANDLERS[number])
+
+    def may_continue(self) -> bool:
         """Whether another step starts, the same answer on every rank: it must end under the cap."""
-        self.elapsed, slowest, stopped = self.run.slowest(
-            self.elapsed, max(self.recent, default=0.0), float(stop.requested))
-        if stopped:
+        self.elapsed, slowest, stopping = self.run.slowest(
+            self.elapsed, max(self.recent, default=0.0), float(self.stopping))
+        if stopping:
             self.run.log(f"stop requested: training ends after {self.steps} steps")
         cap = self.cfg.max_wallclock_seconds
         fits = not cap or self.elapsed + 1.1 * slowest <= cap
-        return bool(fits and self.steps < self.cfg.iterations and not stopped)
+        return bool(fits and self.steps < self.cfg.iterations and not stopping)
 
     def train(self) -> None:
         """The loop; leaves the averaged weights in the model."""
         self.warm_up()
-        stop, average = StopRequest(), WeightAverage(self.model, self.cfg)
-        optimizer = Optimizer(self.model, self.cfg, self.run)
-        while self.may_continue(stop):
+        for number in DEFAULT_HANDLERS:
+            signal.signal(number, self.request_stop)
+        average, optimizer = WeightAverage(self.model, self.cfg), self.new_optimizer()
+        while self.may_continue():
             before, started = self.progress(), self.run.sync()
-            lr_scale, qat = self.schedule.lr_scale(before), self.schedule.qat(before)
-            loss = self.gradients(qat)
-            optimizer.step(lr_scale, self.schedule.momentum(before))
+            loss = self.gradients(self.qat(before))
+            optimizer.step(self.lr_scale(before), self.momentum(before))
             self.steps += 1
-            average.update(before, self.progress(), lr_scale)
+            average.update(before, self.progress(), self.lr_scale(before))
             self.recent.append(self.run.sync() - started)
             self.elapsed += self.recent[-1]
             self.check_loss(loss.item())
-            self.report(before, lr_scale, qat)
-        stop.close()
+            self.report(before)
+        for number, handler in DEFAULT_HANDLERS.items():
+            signal.signal(number, handler)
         average.apply()
         self.run.row("trained", steps=self.steps, train_seconds=round(self.elapsed, 3),
                      tokens=self.steps * self.cfg.train_batch_tokens, samples=average.samples,
@@ -1414,18 +1382,18 @@ class Trainer:
                            "or GRAD_CLIP_NORM")
         self.last_loss = loss
 
-    def report(self, before: float, lr_scale: float, qat: bool) -> None:
-        """The step's log line and validation, where due."""
+    def report(self, before: float) -> None:
+        """The step's log line and validation, where due since progress `before`."""
         def due(every: int) -> bool:
             marks = [x * self.cfg.schedule_steps // (every or 1) for x in (before, self.progress())]
             return bool(every) and marks[0] != marks[1]
 
         if due(self.cfg.train_log_every) or self.steps == 1:
             tokens = self.cfg.train_batch_tokens * self.steps
-            self.log_step("train", train_loss=self.last_loss, lr_scale=lr_scale,
+            self.log_step("train", train_loss=self.last_loss, lr_scale=self.lr_scale(before),
                           train_time=f"{1000 * self.elapsed:.0f}ms",
-                          step_avg=f"{1000 * self.elapsed / self.steps:.2f}ms", qat=int(qat),
-                          tokens_per_second=round(tokens / self.elapsed))
+                          step_avg=f"{1000 * self.elapsed / self.steps:.2f}ms",
+                          qat=int(self.qat(before)), tokens_per_second=round(tokens / self.elapsed))
         if due(self.cfg.val_loss_every):
             self.validate()
 
@@ -2362,9 +2330,9 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
         run.log(f"saved {path}")
         return path
 
-    run.on_main(save_weights)
+    run.agree(save_weights)
     trainer.validate()
-    return run.on_main(save_artifact)
+    return run.agree(save_artifact)
 
 
 def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> None:
@@ -2391,7 +2359,7 @@ def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> None:
                 seconds=run.sync() - started)
         run.row("baseline", unigram_bpb=unigram_bpb(data))
         evaluation.masses()
-    run.on_main(lambda: final_report(evaluation, blob, cfg, run))
+    run.agree(lambda: final_report(evaluation, blob, cfg, run))
 
 
 def run_all(cfg: Config, notes: list[str], run: Run) -> None:
@@ -2401,8 +2369,8 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> None:
     run.stage = "data"
     if not cfg.load_artifact:
         micro_batch_tokens(cfg, run.world)  # fails before expensive work
-    data = run.everywhere(lambda: load_data(cfg, run))
-    run.on_main(lambda: describe_run(cfg, notes, data, run))
+    data = run.agree(lambda: load_data(cfg, run), everywhere=True)
+    run.agree(lambda: describe_run(cfg, notes, data, run))
     path = Path(cfg.load_artifact) if cfg.load_artifact else make_artifact(data, cfg, run)
     evaluate_artifact(path, data, cfg, run)
 

@@ -32,6 +32,7 @@ import math
 import operator
 import os
 import platform
+import resource
 import signal
 import struct
 import subprocess
@@ -509,6 +510,12 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory this rank has held: of the CUDA device, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
     def close(self) -> None:
         """Leave the process group and the log."""
@@ -1372,7 +1379,8 @@ class Trainer:
         average.apply()
         self.run.row("trained", steps=self.steps, train_seconds=round(self.elapsed, 3),
                      tokens=self.steps * self.cfg.train_batch_tokens, samples=average.samples,
-                     averaged=self.cfg.averaging if average.samples else "none")
+                     averaged=self.cfg.averaging if average.samples else "none",
+                     peak_memory_bytes=self.run.peak_memory_bytes())
 
     def check_loss(self, loss: float) -> None:
         """RunError on every rank if the loss is NaN or infinite on one."""

@@ -49,22 +49,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------
-# Configuration and recipes
-# ------------------------------------------------------------------------------------------------
-
+# ---- Configuration and recipes -------------------------------------------------------------------
 
 class RunError(Exception):
     """Bad input or a failed stage: one line for the user, non-zero exit on every rank."""
 
-
 NONNEGATIVE, POSITIVE, FRACTION = (0, math.inf), (1, math.inf), (0, 1)
-
 
 def knob(default, meaning: str, allowed=NONNEGATIVE):
     """A field of Config; `allowed` is an inclusive (low, high) range or a list of choices."""
     return field(default=default, metadata=dict(meaning=meaning, allowed=allowed))
-
 
 @dataclass(frozen=True)
 class Config:
@@ -183,7 +177,6 @@ class Config:
     ngram_primes: tuple[int, ...] = knob(
         (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens", None)
 
-
 # Other names of fields in the submissions' scripts.
 ALIASES = dict(
     VRL_ENABLED="value_residual", NGRAM_ORDER="ngram_max_order", NGRAM_CACHE="ngram_enabled",
@@ -243,7 +236,6 @@ WITHOUT_EFFECT_PREFIXES = {
     "DISTILL_": "dead code in #806", "PAID_PREFIX_": "dead code in #806",
 }
 
-
 def edit_distance(a: str, b: str) -> int:
     """Insertions, deletions, substitutions and swaps of neighbours that turn `a` into `b`."""
     rows = [list(range(len(b) + 1))]
@@ -257,7 +249,6 @@ def edit_distance(a: str, b: str) -> int:
         rows.append(row)
     return rows[-1][-1]
 
-
 def check_names(env: typing.Mapping[str, str], known: dict[str, str]) -> None:
     """RunError for a variable that is nearly a known name: a typing mistake."""
     for name in env:
@@ -266,7 +257,6 @@ def check_names(env: typing.Mapping[str, str], known: dict[str, str]) -> None:
             for near in known:
                 if abs(len(near) - len(name)) <= most and edit_distance(name, near) <= most:
                     raise RunError(f"unknown variable {name}: did you mean {near}?")
-
 
 def parse_value(name: str, text: str, kind: str, allowed):
     """The variable's value as its field's type; RunError names variable, value, what is allowed."""
@@ -289,7 +279,6 @@ def parse_value(name: str, text: str, kind: str, allowed):
         raise RunError(f"{name}={value}: must be at least {allowed[0]:g}{top}")
     return value
 
-
 def read_environment(env: typing.Mapping[str, str]) -> tuple[dict, list[str]]:
     """({field: value} set by the environment, log lines about aliases and idle variables)."""
     by_name = {f.name: f for f in fields(Config)}
@@ -311,7 +300,6 @@ def read_environment(env: typing.Mapping[str, str]) -> tuple[dict, list[str]]:
             notes.append(f"variable {name} has no effect: {reason}")
     return values, notes
 
-
 def choose_scale(values: dict) -> tuple[str, str]:
     """(scale, reason): the requested one, or full where CUDA and shards are present."""
     if values.get("scale", "auto") != "auto":
@@ -322,7 +310,6 @@ def choose_scale(values: dict) -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "demo", "no CUDA device"
     return "full", f"CUDA and train shards at {path} are present"
-
 
 def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
     """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults.
@@ -343,7 +330,6 @@ def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
     cfg = replace(cfg, run_id=cfg.run_id or f"{name}-{scale}-{cfg.seed}")
     check_config(cfg)
     return cfg, [f"scale {scale}: {reason}", *notes]
-
 
 def check_config(cfg: Config) -> None:
     """RunError for values that contradict each other."""
@@ -378,7 +364,6 @@ def check_config(cfg: Config) -> None:
         if failed:
             raise RunError(f"{name}={getattr(c, name.lower())}: must be {rule} {bound}")
 
-
 def help_text() -> str:
     """What --help prints: every variable with default and meaning, by section, and the recipes."""
     lines = [__doc__.strip(), "", "Variables, with defaults"]
@@ -398,14 +383,10 @@ def help_text() -> str:
     return "\n".join([*lines, "", "Accepted without effect (logged)",
                       *(f"  {k}: {v}" for k, v in idle.items())])
 
-
-# ------------------------------------------------------------------------------------------------
-# Runtime: ranks, log, files
-# ------------------------------------------------------------------------------------------------
+# ---- Runtime: ranks, log, files ------------------------------------------------------------------
 
 FORMATS = dict(val_loss=".8f", val_bpb=".8f", train_loss=".4f", lr_scale=".3f", seconds=".1f",
                bpb=".4f", unigram_bpb=".4f", mass=".7g", max_mass=".7g", ngram_mass=".7g")
-
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write under a temporary name, then rename: no partial file has a final name."""
@@ -415,7 +396,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from None
-
 
 class Run:
     """This process's place in the run: rank, device, log, and `record`, which becomes the JSON."""
@@ -524,10 +504,7 @@ class Run:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
-# ------------------------------------------------------------------------------------------------
-# Data: shards, tokenizer, bytes, text
-# ------------------------------------------------------------------------------------------------
+# ---- Data: shards, tokenizer, bytes, text --------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # the challenge's shard format
 HEADER_INTS = 256
@@ -542,32 +519,26 @@ TOKENIZER_TEXT_BYTES = 4_000_000  # more text changes the 1,024 pieces little an
 VAL_SHARE = 0.1  # of a text corpus's bytes, in whole documents
 VAL_MOST_BYTES = 8_000_000
 
-
 def open_shard(path: str) -> np.memmap:
     """Tokens of a shard, memory-mapped uint16 (n,). RunError if its header or size lies."""
     try:
-        header = np.fromfile(path, "<i4", HEADER_INTS)
-        size = os.path.getsize(path)
+        header, size = np.fromfile(path, "<i4", HEADER_INTS), os.path.getsize(path)
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(header) < HEADER_INTS:
-        raise RunError(f"{path}: no shard: {size} bytes are less than its header of 1024")
-    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise RunError(f"{path}: no shard: magic {header[0]} version {header[1]}, expected "
-                       f"{SHARD_MAGIC} and {SHARD_VERSION}")
-    expected = 4 * HEADER_INTS + 2 * int(header[2])
-    if size != expected or header[2] <= 0:
-        raise RunError(f"{path}: header says {header[2]} tokens, {expected} bytes; the file has "
-                       f"{size} bytes")
+    magic, version, count = header[:3] if len(header) == HEADER_INTS else (0, 0, 0)
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise RunError(f"{path}: no shard: magic {magic} version {version}, expected {SHARD_MAGIC} "
+                       f"and {SHARD_VERSION}")
+    expected = 4 * HEADER_INTS + 2 * int(count)
+    if size != expected or count <= 0:
+        raise RunError(f"{path}: {count} tokens need {expected} bytes, the file has {size}")
     return np.memmap(path, "<u2", "r", offset=4 * HEADER_INTS)
-
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write tokens (n,) in the challenge's format."""
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     write_atomic(path, header.tobytes() + tokens.astype("<u2").tobytes())
-
 
 class TokenStream:
     """The shards' tokens end to end, read cyclically; a shard's tokens are checked on first use."""
@@ -596,7 +567,6 @@ class TokenStream:
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
-
 class TrainLoader:
     """Batches of the train stream; `position` (sequences drawn) is its whole state.
 
@@ -624,7 +594,6 @@ class TrainLoader:
             tokens = tokens.pin_memory().to(self.run.device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
 
-
 @dataclass(frozen=True)
 class ByteTable:
     """Per piece, what it adds to the text: (V,) tensors.
@@ -641,7 +610,6 @@ class ByteTable:
         before, target = tokens[:-1].long(), tokens[1:].long()
         return self.base[target] + (self.space[target] & ~self.boundary[before])
 
-
 @dataclass(frozen=True)
 class Data:
     """What a run reads: tokenizer, byte table, train stream (None without training), validation
@@ -651,7 +619,6 @@ class Data:
     train: TokenStream | None
     val: Tensor
     corpus: dict
-
 
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece processor at `path`; RunError if missing, foreign or of another size."""
@@ -667,114 +634,91 @@ def load_tokenizer(path: str, vocab_size: int):
         raise RunError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE is {vocab_size}")
     return tokenizer
 
-
 def vocabulary_hash(tokenizer) -> str:
     """SHA-256 over pieces and their types, in id order: equal hashes read tokens alike."""
     t, size = tokenizer, tokenizer.get_piece_size()
     return hashlib.sha256(repr([(t.id_to_piece(i), t.is_control(i), t.is_unknown(i), t.is_byte(i))
                                 for i in range(size)]).encode()).hexdigest()
 
-
 def byte_table(tokenizer) -> ByteTable:
     """The ByteTable of a SentencePiece vocabulary. Space signs inside a piece are one byte each."""
-    size = tokenizer.get_piece_size()
-    base, space = np.zeros(size, np.int64), np.zeros(size, bool)
-    boundary = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i)
-                         or tokenizer.is_unused(i) for i in range(size)])
-    for i in np.flatnonzero(~boundary):
-        piece = tokenizer.id_to_piece(int(i))
-        space[i] = piece.startswith(SPACE)
-        text = piece.removeprefix(SPACE).replace(SPACE, " ")
-        base[i] = 1 if tokenizer.is_byte(int(i)) else len(text.encode())
-    return ByteTable(torch.from_numpy(base), torch.from_numpy(space), torch.from_numpy(boundary))
-
+    t, ids = tokenizer, range(tokenizer.get_piece_size())
+    boundary = [t.is_control(i) or t.is_unknown(i) or t.is_unused(i) for i in ids]
+    space = [t.id_to_piece(i).startswith(SPACE) and not boundary[i] for i in ids]
+    base = [0 if boundary[i] else 1 if t.is_byte(i) else
+            len(t.id_to_piece(i).removeprefix(SPACE).replace(SPACE, " ").encode()) for i in ids]
+    return ByteTable(*(torch.tensor(column) for column in (base, space, boundary)))
 
 def python_documents() -> list[tuple[str, str]]:
     """(name, text) of the text that comes with Python: topics, docstrings of built-in modules,
     sources of the standard library (without tests, tools and character tables)."""
     import importlib
     import sysconfig
-    documents = []
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
-        documents += [(f"topic {name}", text) for name, text in sorted(topics.items())]
     except ImportError:
-        pass  # minimal installations leave pydoc out
+        topics = {}  # minimal installations leave pydoc out
+    documents = sorted(topics.items())
     for name in sorted(set(sys.builtin_module_names) - {"__main__"}):
-        members = vars(importlib.import_module(name)).values()
-        docs = {d for m in members for d in [getattr(m, "__doc__", None)] if isinstance(d, str)}
-        documents.append((f"docstrings of {name}", "\n\n".join(sorted(docs))))
+        docs = {getattr(m, "__doc__", 0) for m in vars(importlib.import_module(name)).values()}
+        documents.append((name, "\n\n".join(sorted(d for d in docs if isinstance(d, str)))))
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings",
-               "pydoc_data", "__pycache__", "idle_test"}
-    for path in sorted(root.rglob("*.py")):
-        if not skipped.intersection(path.relative_to(root).parts):
-            documents.append((str(path.relative_to(root)),
-                              path.read_text("utf-8", errors="ignore")))
+               "pydoc_data", "idle_test"}
+    documents += [(str(path.relative_to(root)), path.read_text("utf-8", errors="ignore"))
+                  for path in sorted(root.rglob("*.py"))
+                  if not skipped.intersection(path.relative_to(root).parts)]
     return [(name, text) for name, text in documents if text and SPACE not in text]
-
 
 def user_documents(patterns: str) -> list[tuple[str, str]]:
     """(name, text) of the files that the globs name; RunError if there are none or one is unfit."""
-    paths = sorted({p for pattern in patterns.split(":") if pattern
-                    for p in glob.glob(os.path.expanduser(pattern), recursive=True)
-                    if os.path.isfile(p)})
+    paths = {p for pattern in patterns.split(":") if pattern
+             for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)}
     if not paths:
         raise RunError(f"TEXT_FILES={patterns!r} matches no file; give globs of UTF-8 text, "
                        "separated by ':'")
     documents = []
-    for path in paths:
+    for path in sorted(paths):
         try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise RunError(f"{path}: not UTF-8 text (byte {error.start})") from None
-        if SPACE in text:
+            documents.append((path, Path(path).read_bytes().decode("utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        if SPACE in documents[-1][1]:
             raise RunError(f"{path}: contains the character U+2581, which SentencePiece uses for "
                            "the space; replace it or leave the file out")
-        documents.append((path, text))
     return [(name, text) for name, text in documents if text]
 
-
 def cut_documents(documents: list[tuple[str, str]], least: int = 20) -> list[tuple[str, str]]:
-    """Split documents at line ends until there are about `least`, so that a corpus of few files has
-    whole documents for validation."""
+    """Split few documents at line ends into about `least`: validation takes whole documents."""
     if len(documents) >= least:
         return documents
-    size = max(1, sum(len(text) for _, text in documents) // least)
-    parts = []
+    size, parts = max(1, sum(len(text) for _, text in documents) // least), []
     for name, text in documents:
-        start = 0
-        while start < len(text):
-            newline = text.find("\n", start + size)
-            end = len(text) if newline < 0 else newline + 1
-            parts.append((f"{name}@{start}", text[start:end]))
-            start = end
+        while text:
+            end = text.find("\n", size) + 1 or len(text)
+            parts.append((f"{name}, part {len(parts)}", text[:end]))
+            text = text[end:]
     return parts
-
 
 def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int) -> bytes:
     """A BPE model with the challenge's options (byte fallback, BOS 1, dummy prefix) and identity
     normalization, so that decode(encode(s)) == s for every s without U+2581. The serialized model.
     """
     import sentencepiece
-    total = sum(len(text) for _, text in documents)
-    every = max(1, total // TOKENIZER_TEXT_BYTES)
+    every = max(1, sum(len(text) for _, text in documents) // TOKENIZER_TEXT_BYTES)
     lines = [line for _, text in documents for line in text.splitlines() if line.strip()][::every]
-    blob = io.BytesIO()
-    options = dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-                   remove_extra_whitespaces=False, add_dummy_prefix=True, pad_id=0, bos_id=BOS,
-                   eos_id=2, unk_id=3, character_coverage=0.999, split_digits=True,
-                   max_sentence_length=1 << 20, minloglevel=2, hard_vocab_limit=True)
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=blob, vocab_size=vocab_size, **options)
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
+            model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=True, pad_id=0, bos_id=BOS, eos_id=2,
+            unk_id=3, character_coverage=0.999, split_digits=True, max_sentence_length=1 << 20,
+            minloglevel=2)
     except RuntimeError as error:
         raise RunError(f"the text is too small or too uniform for a tokenizer of {vocab_size} "
                        f"pieces; give more text ({str(error).splitlines()[-1]})") from None
-    return blob.getvalue()
-
+    return model.getvalue()
 
 def encode_documents(tokenizer, documents: list[tuple[str, str]], table: ByteTable) -> np.ndarray:
     """Tokens (uint16) of the documents, each after a BOS; every document's bytes must balance."""
@@ -789,7 +733,6 @@ def encode_documents(tokenizer, documents: list[tuple[str, str]], table: ByteTab
         encoded.append(tokens)
     return np.concatenate(encoded)
 
-
 def split_documents(documents: list[tuple[str, str]]) -> tuple[list, list]:
     """(train, validation) documents in an order drawn by their hash; whole documents only."""
     shuffled = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest())
@@ -799,7 +742,6 @@ def split_documents(documents: list[tuple[str, str]]) -> tuple[list, list]:
     if count < 1:
         raise RunError("the text has one document that cannot be split: give more text")
     return shuffled[count:], shuffled[:count]
-
 
 def prepare_text(cfg: Config, run: Run) -> Path:
     """Tokenizer and shards of the text, made once; the folder, named by the text's hash."""
@@ -829,11 +771,9 @@ def prepare_text(cfg: Config, run: Run) -> Path:
             f"({time.perf_counter() - started:.1f} s)")
     return folder
 
-
 def find_shards(folder: str, split: str) -> list[str]:
     """Sorted paths of *_<split>_*.bin in a folder."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin")))
-
 
 def load_data(cfg: Config, run: Run) -> Data:
     """Find or make the corpus, check it, and read the validation stream."""
@@ -858,7 +798,6 @@ def load_data(cfg: Config, run: Run) -> Data:
                    train_tokens=len(train) if train else 0, val_targets=len(val) - 1)
     return Data(tokenizer, byte_table(tokenizer), train, val, corpus)
 
-
 def load_validation(paths: list[str], cfg: Config) -> Tensor:
     """The validation stream (N+1,) int64, cut to VAL_TOKENS targets and to whole windows."""
     stream = TokenStream(paths, cfg.vocab_size)
@@ -869,10 +808,7 @@ def load_validation(paths: list[str], cfg: Config) -> Tensor:
                        f"{cfg.eval_seq_len}; give more text or lower EVAL_SEQ_LEN")
     return torch.from_numpy(stream.read(0, usable + 1))
 
-
-# ------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------
+# ---- Model ---------------------------------------------------------------------------------------
 
 # Weight matrices in banks (matrices, rows, columns): Muon works on them whole.
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "bigram_proj", "value_proj")
@@ -881,7 +817,6 @@ TRAINING_ONLY = ("mtp_heads",)
 ROPE_TRAINED_LEN = 1024  # windows up to this long use ROPE_BASE as it is (the submissions' rule)
 BIGRAM_PRIMES = 36313, 27191  # of the submissions' bigram hash
 
-
 def flash_attention(name: str):
     """The causal attention function of an installed FlashAttention, or None."""
     module = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}[name]
@@ -889,7 +824,6 @@ def flash_attention(name: str):
         return __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
     except (ImportError, AttributeError):
         return None
-
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """PyTorch's attention with FlashAttention's signature: q (B,Tq,H,D), k and v (B,T,Hkv,D).
@@ -903,7 +837,6 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tens
         mask = mask.tril(k.size(2) - q.size(2))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
-
 
 def choose_attention(cfg: Config, device: torch.device):
     """(name, function) of the best attention back end present: FlashAttention 3 (Hopper), 2, SDPA.
@@ -928,11 +861,9 @@ def choose_attention(cfg: Config, device: torch.device):
         return "sdpa (cuDNN, flash)", sdpa_attention
     return "sdpa", sdpa_attention
 
-
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dim without weights."""
     return F.rms_norm(x, (x.size(-1),))
-
 
 def rope_tables(length: int, base: float, dims: int, device) -> tuple[Tensor, Tensor]:
     """cos and sin (length, 1, dims/2) float32. Long windows stretch the base (NTK scaling)."""
@@ -942,13 +873,11 @@ def rope_tables(length: int, base: float, dims: int, device) -> tuple[Tensor, Te
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * inverse
     return angles.cos()[:, None], angles.sin()[:, None]
 
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Partial RoPE: rotate the first 2·cos.size(-1) dims of x (B,T,H,D), leave the rest."""
     half = cos.size(-1)
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
-
 
 class GPT(nn.Module):
     """GPT with U-Net skips; the submissions' common trunk (DESIGN: embeddings, bigram hash, smear
@@ -1111,7 +1040,6 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats of the softcapped logits x @ headᵀ."""
         return F.cross_entropy(self.softcap(F.linear(x, head)).flatten(0, 1), targets.flatten())
 
-
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """XSA: y (B,T,H,D) less each head's projection on the normalized value v (B,T,Hkv,D) of its own
     position (exclusive self-attention, as in the submissions)."""
@@ -1119,13 +1047,9 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     direction = F.normalize(v, dim=-1).unsqueeze(3)
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
-
-# ------------------------------------------------------------------------------------------------
-# Optimizers
-# ------------------------------------------------------------------------------------------------
+# ---- Optimizers ----------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Muon's quintic coefficients (Keller Jordan, 2024)
-
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
     """Roughly the orthogonal factor of each matrix of g (M,rows,cols): singular values near 1."""
@@ -1137,7 +1061,6 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(g.dtype)
-
 
 class BankShard:
     """The run of a bank's matrices that this rank updates: gradient, momentum and new values.
@@ -1179,7 +1102,6 @@ class BankShard:
         else:
             self.work = dist.all_gather_into_tensor(self.full, self.shard, async_op=True)
 
-
 def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[dict]]:
     """(banks for Muon, largest first; groups for AdamW); every parameter in one (asserted)."""
     embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
@@ -1192,7 +1114,6 @@ def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[
     owned = [id(p) for p in banks + [p for g in groups for p in g["params"]]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     return sorted(banks, key=lambda p: -p.numel()), groups
-
 
 class Optimizer:
     """Muon on banks, sharded over ranks, and AdamW on the rest; data parallel without DDP."""
@@ -1241,14 +1162,10 @@ class Optimizer:
         for p in [b.bank for b in self.banks] + self.small:
             p.grad = None
 
-
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's step
 DEFAULT_HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-
 
 class WeightAverage:
     """Running average of the weights, which is what is exported: EMA and SWA by one mechanism.
@@ -1280,7 +1197,6 @@ class WeightAverage:
         """Replace the weights by their average, if any was taken."""
         if self.samples:
             torch._foreach_copy_(self.params, self.average)
-
 
 class Trainer:
     """Training under a wall-clock cap. The clock counts steps only, not validation or logging.
@@ -1415,7 +1331,6 @@ class Trainer:
         self.run.row(kind, f"step:{self.steps}/{self.cfg.iterations}", **values)
         self.run.record[kind][-1]["step"] = self.steps
 
-
 def micro_batch_tokens(cfg: Config, world: int) -> int:
     """Tokens of one forward pass on one rank; RunError if the step cannot be divided so."""
     sequences, rest = divmod(cfg.train_batch_tokens // cfg.train_seq_len, world)
@@ -1429,7 +1344,6 @@ def micro_batch_tokens(cfg: Config, world: int) -> int:
     most = max(1, (cfg.micro_batch_tokens or MICRO_BATCH_TOKENS) // cfg.train_seq_len)
     return cfg.train_seq_len * max(n for n in range(1, most + 1) if sequences % n == 0)
 
-
 def compiled(function, cfg: Config, run: Run):
     """torch.compile where it is wanted: whole graphs of fixed shapes."""
     if cfg.compile == "0" or (cfg.compile == "auto" and run.device.type != "cuda"):
@@ -1440,7 +1354,6 @@ def compiled(function, cfg: Config, run: Run):
         inductor.triton.mix_order_reduction = False
     return torch.compile(function, dynamic=False, fullgraph=True)
 
-
 def build_model(cfg: Config, run: Run) -> GPT:
     """The initialized model on the run's device."""
     name, attention = choose_attention(cfg, run.device)
@@ -1450,10 +1363,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
             compute=str(dtype).removeprefix("torch."))
     return model
 
-
-# ------------------------------------------------------------------------------------------------
-# Quantization and artifact
-# ------------------------------------------------------------------------------------------------
+# ---- Quantization and artifact -------------------------------------------------------------------
 #
 # A matrix or embedding is stored as one float16 step per row and integer codes -q...q with
 # q = 2^(bits-1) - 1; everything else as float16. Per row the clip is the one of CLIP_QUANTILES of
@@ -1470,13 +1380,11 @@ ANS_CLUSTERS = 16  # a code width's groups of rows; DESIGN's measurement
 SYMBOLS = 255  # codes of 8 bits, -127...127; narrower codes use the middle
 HALF_MIN, HALF_MAX = 6.104e-05, 65504.0  # float16's normal range
 
-
 def code_limit(name: str, cfg: Config) -> int:
     """Largest code q of a tensor: 31 for 6 bits, 15 for 5, 127 for 8; 0: kept as float16."""
     if name not in BANKS + EMBEDDINGS:
         return 0
     return 2 ** ((cfg.embed_bits if name in EMBEDDINGS else cfg.matrix_bits) - 1) - 1
-
 
 def row_steps(w: Tensor, limit: int, floor: float = 0.0) -> Tensor:
     """Step (...,1), a float16 number, of each row of w (...,cols): its best clip over `limit`.
@@ -1495,11 +1403,9 @@ def row_steps(w: Tensor, limit: int, floor: float = 0.0) -> Tensor:
         best_error = torch.where(better, error, error if best_error is None else best_error)
     return best
 
-
 def round_codes(w: Tensor, step: Tensor, limit: int) -> Tensor:
     """Integer-valued codes within +-limit, shaped like w."""
     return (w / step).round().clamp(-limit, limit)
-
 
 def fake_quantize(w: Tensor, limit: int) -> Tensor:
     """w as the artifact will store it; gradients pass straight through (STE)."""
@@ -1507,7 +1413,6 @@ def fake_quantize(w: Tensor, limit: int) -> Tensor:
         step = row_steps(w, limit)
         error = round_codes(w, step, limit) * step - w
     return w + error
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -1525,7 +1430,6 @@ class Stored:
             steps = torch.from_numpy(self.codes.astype(np.float32)) * steps[:, None]
         return steps.view(self.shape)
 
-
 def quantize(weights: dict[str, Tensor], cfg: Config, floor: float = 0.0) -> dict[str, Stored]:
     """Every exported tensor (MTP heads stay behind), by name; RunError on NaN or infinity."""
     out = {}
@@ -1541,14 +1445,12 @@ def quantize(weights: dict[str, Tensor], cfg: Config, floor: float = 0.0) -> dic
         out[name] = Stored(tuple(weights[name].shape), limit, steps.flatten().half().numpy(), codes)
     return out
 
-
 def compress(data: bytes, method: str) -> bytes:
     """zstd level 22 or lzma preset 9."""
     if method == "lzma":
         return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
     import zstandard
     return zstandard.ZstdCompressor(level=22).compress(data)
-
 
 def decompress(data: bytes, method: str, most: int) -> bytes:
     """Inverse of compress; RunError on damage or more than `most` bytes."""
@@ -1564,20 +1466,17 @@ def decompress(data: bytes, method: str, most: int) -> bytes:
         raise RunError(f"artifact: its {method} section is larger than the network's {most} bytes")
     return plain
 
-
 def coding_order(clusters: np.ndarray, rows: list[int]) -> list[tuple[int, int, np.ndarray]]:
     """(tensor, cluster, rows) of each run coded with one histogram; clusters of all rows."""
     owns = np.split(clusters, np.cumsum(rows)[:-1])
     return [(i, int(c), np.flatnonzero(own == c)) for i, own in enumerate(owns)
             for c in np.unique(own)]
 
-
 def ans_models(histograms: np.ndarray) -> list:
     """constriction's entropy models of histograms uint16 (clusters, SYMBOLS)."""
     import constriction
     shares = (histograms / histograms.sum(1, keepdims=True).clip(1)).astype(np.float32)
     return [constriction.stream.model.Categorical(row, perfect=False) for row in shares]
-
 
 def ans_encode(codes: list[np.ndarray], limits: list[int]) -> tuple[bytes, bytes]:
     """(side information: cluster of each row, histograms; words: the compressed codes)."""
@@ -1599,7 +1498,6 @@ def ans_encode(codes: list[np.ndarray], limits: list[int]) -> tuple[bytes, bytes
         coder.encode_reverse(run, models[c])
     return clusters.tobytes() + histograms.tobytes(), coder.get_compressed().astype("<u4").tobytes()
 
-
 def ans_decode(side: bytes, words: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
     """Inverse of ans_encode for int8 code arrays of the given (rows, cols); RunError on damage."""
     import constriction
@@ -1616,13 +1514,11 @@ def ans_decode(side: bytes, words: bytes, shapes: list[tuple[int, int]]) -> list
         codes[i][own] = symbols.reshape(len(own), -1) - SYMBOLS // 2
     return codes
 
-
 def tensor_table(cfg: Config) -> list[list]:
     """[name, shape, limit] of every exported tensor of the architecture, by name; no memory."""
     with torch.device("meta"):
         model = GPT(replace(cfg, mtp_num_heads=0), None)
     return [[n, list(p.shape), code_limit(n, cfg)] for n, p in sorted(model.named_parameters())]
-
 
 def pack(tensors: dict[str, Stored], cfg: Config, vocabulary: str) -> bytes:
     """The artifact, with COMPRESSOR; `vocabulary` is the hash of the network's tokenizer."""
@@ -1642,7 +1538,6 @@ def pack(tensors: dict[str, Stored], cfg: Config, vocabulary: str) -> bytes:
         sort_keys=True, separators=(",", ":")).encode()
     digest = hashlib.sha256(header + section + words).digest()
     return PREFIX.pack(MAGIC, VERSION, len(header), digest) + header + section + words
-
 
 def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
     """(header, payload, cfg with the artifact's architecture), each checked; RunError if wrong."""
@@ -1669,7 +1564,6 @@ def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
         raise RunError("artifact: its header does not describe one of this program's networks"
                        ) from None
     return header, body[size:], cfg
-
 
 def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str, Stored]]:
     """(cfg with the artifact's architecture, its tensors by name).
@@ -1704,7 +1598,6 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
                               if limit else None)
                  for (name, shape, limit), step in zip(header["tensors"], steps)}
 
-
 def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
     """The artifact of the model's weights, with the finest steps that fit the budget.
 
@@ -1725,16 +1618,11 @@ def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
             compressor=cfg.compressor, bits_per_parameter=round(8 * len(blob) / count, 3))
     return blob
 
-
 def code_bytes() -> int:
     """Bytes of this file: all the code there is."""
     return os.path.getsize(__file__)
 
-
-# ------------------------------------------------------------------------------------------------
-# Windows and neural pass
-# ------------------------------------------------------------------------------------------------
-
+# ---- Windows and neural pass ---------------------------------------------------------------------
 
 def windows(num_targets: int, seq_len: int, stride: int):
     """Yield (start, first_scored, end): windows of seq_len inputs whose spans [first_scored, end)
@@ -1748,7 +1636,6 @@ def windows(num_targets: int, seq_len: int, stride: int):
     while end < num_targets:
         first, end = end, min(end + stride, num_targets)
         yield max(0, end - seq_len), first, end
-
 
 class Grid:
     """Windows in batches of one shape, shared out to ranks; the same for any number of ranks.
@@ -1781,7 +1668,6 @@ class Grid:
         """Index of the window that scores a target."""
         return int(torch.searchsorted(self.table[:, 2].contiguous(), target, right=True))
 
-
 class NeuralColumns(typing.NamedTuple):
     """What mixing needs of the network, float64 (N,) each, natural logarithms.
 
@@ -1792,7 +1678,6 @@ class NeuralColumns(typing.NamedTuple):
     entropy: Tensor
     hint_logp: Tensor
     hint_log1m: Tensor
-
 
 def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
     """NeuralColumns stacked in the last dim, (...,4) float64, of logits (...,V) float32.
@@ -1809,7 +1694,6 @@ def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
     target_z, hint_z = (z.gather(-1, x).squeeze(-1).double() for x in (targets, hints))
     return torch.stack([target_z - log_total, entropy, hint_z - log_total,
                         others.log() - log_total], -1)
-
 
 class NeuralPass:
     """The network over a rank's windows; the stream stays on the device as integers."""
@@ -1863,7 +1747,6 @@ class NeuralPass:
         logits = self.model.logits(self.tokens[None, start:end], end - target)[0, 0]
         return logits.double().log_softmax(-1).cpu()
 
-
 def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
     """val_loss (nats per token) and val_bpb (bits per byte) of per-target log-probabilities (N,).
 
@@ -1873,20 +1756,15 @@ def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
     return dict(val_loss=nats / len(logp), val_bpb=nats / math.log(2) / max(1, total),
                 tokens=len(logp), bytes=total)
 
-
 def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     """score_of windows that do not overlap, on rank 0; {} on the others."""
     neural = NeuralPass(model, data, cfg, run, cfg.eval_seq_len)
     logp = run.gather(neural.columns().logp, neural.grid.spans)
     return score_of(logp, data.table.target_bytes(data.val)) if run.is_main else {}
 
-
-# ------------------------------------------------------------------------------------------------
-# N-gram counts
-# ------------------------------------------------------------------------------------------------
+# ---- N-gram counts -------------------------------------------------------------------------------
 
 PRIMES = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
-
 
 class Counts(typing.NamedTuple):
     """Columns of one order, int32, entry k for position start + k; the last three exact only."""
@@ -1897,19 +1775,16 @@ class Counts(typing.NamedTuple):
     hint: Tensor | None = None          # the token that followed it last, -1 if it is new
     hint_count: Tensor | None = None    # how often that token followed it
 
-
 class Groups(typing.NamedTuple):
     """Positions brought together by a key they share, in stream order inside each group."""
 
     position: Tensor    # (M,) int64
     is_first: Tensor    # (M,) bool: the first member of its group
 
-
 def everything(begin: int, tokens: Tensor) -> Groups:
     """One group of all positions from `begin` on."""
     position = torch.arange(len(tokens), device=tokens.device)[begin:]
     return Groups(position, position == begin)
-
 
 def changes(*columns: Tensor) -> Tensor:
     """True where any of the columns (M,) differs from its previous entry, and at entry 0."""
@@ -1919,11 +1794,9 @@ def changes(*columns: Tensor) -> Tensor:
         changed[1:] |= column[1:] != column[:-1]
     return changed
 
-
 def run_starts(is_first: Tensor) -> Tensor:
     """(M,) int64: for every member the index of its group's first."""
     return is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
-
 
 def split(groups: Groups, keys: Tensor) -> Groups:
     """Divide each group by keys[position]; groups of one are left out: all their counts are 0."""
@@ -1935,14 +1808,12 @@ def split(groups: Groups, keys: Tensor) -> Groups:
     keep = (~alone).nonzero().squeeze(1)
     return Groups(position[keep], is_first[keep])
 
-
 def earlier(groups: Groups, chunk_of) -> Tensor:
     """(M,) members of the same group that lie in earlier chunks."""
     starts = run_starts(groups.is_first)
     if chunk_of is None:
         return torch.arange(len(starts), device=starts.device) - starts
     return run_starts(groups.is_first | changes(chunk_of(groups.position))) - starts
-
 
 def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=None, primes=None):
     total, primes, first = len(tokens), primes or PRIMES, first or granularity
@@ -1984,10 +1855,7 @@ def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=Non
         inside = (grams.position < total - 1).nonzero().squeeze(1)
         contexts = Groups(grams.position[inside] + 1, grams.is_first[inside])
 
-
-# ------------------------------------------------------------------------------------------------
-# Mixing
-# ------------------------------------------------------------------------------------------------
+# ---- Mixing --------------------------------------------------------------------------------------
 #
 # Backoff (submissions #889, #806, #890, #1094): the longest context that matches gives the ratio
 # min(pair, context)/context, which alpha, a function of the network's entropy, blends with the
@@ -1996,7 +1864,6 @@ def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=Non
 
 PROBABILITY_FLOOR = 1e-12  # the submissions'
 BATCH_WINDOWS = 128  # #1094 updates its tables after so many windows
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -2049,7 +1916,6 @@ class Rule:
                 pair = torch.bincount(ends[same], minlength=cfg.vocab_size)
                 yield n + 1, Counts(same.sum().expand(cfg.vocab_size), pair)
 
-
 def backoff_rules(cfg: Config) -> dict[str, Rule]:
     """Every backoff scoring of a run, by its name in the score table."""
     first, granularity = dict(
@@ -2062,12 +1928,10 @@ def backoff_rules(cfg: Config) -> dict[str, Rule]:
         rules["backoff_exact_pair"] = Rule(match="pair")
     return rules
 
-
 class BackoffColumns(typing.NamedTuple):
     """A rule's n-gram part: matched order int8 (0: none) and the target's probability float64."""
     order: Tensor
     probability: Tensor
-
 
 def backoff_columns(counted, match: str, cfg: Config) -> BackoffColumns:
     """The longest match of each position, from (order, Counts) in rising order."""
@@ -2086,7 +1950,6 @@ def backoff_columns(counted, match: str, cfg: Config) -> BackoffColumns:
             probability = torch.where(hit, ratio, probability)
     return BackoffColumns(matched * started, probability)
 
-
 def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Config) -> Tensor:
     """log((1 - alpha)*p_network + alpha*p_ngram) where an order matched, the network elsewhere.
 
@@ -2100,14 +1963,10 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
     mixed = (1 - alpha) * logp.exp() + alpha * part.probability
     return torch.where(part.order > 0, mixed.clamp(min=PROBABILITY_FLOOR).log(), logp)
 
-
-# ------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 MASS_POSITIONS = 32  # sampled targets at which each scoring is summed over the vocabulary
 NORMALIZED_WITHIN = 1e-4
-
 
 class Evaluation:
     """One neural pass over the validation stream, scored in several ways: the score table.
@@ -2182,13 +2041,11 @@ class Evaluation:
             error = max(abs(m - 1) for m in masses)
             row["normalized"] = "yes" if error <= NORMALIZED_WITHIN else "no"
 
-
 def running_bpb(logp: Tensor, byte_counts: Tensor, points: int = 200) -> dict:
     """The score along the stream: bits per byte of the first k targets at `points` places."""
     at = torch.linspace(1, len(logp), points).long() - 1
     bits = -logp.cumsum(0)[at] / math.log(2)
     return dict(targets=(at + 1).tolist(), bpb=(bits / byte_counts.cumsum(0)[at].clip(1)).tolist())
-
 
 def unigram_bpb(data: Data) -> float:
     """Bits per byte of the best fixed unigram model of the validation targets, for comparison."""
@@ -2196,11 +2053,7 @@ def unigram_bpb(data: Data) -> float:
     bits = -(counts * (counts / counts.sum()).clamp(min=1e-300).log2()).sum()
     return float(bits / data.table.target_bytes(data.val).sum())
 
-
-# ------------------------------------------------------------------------------------------------
-# Report
-# ------------------------------------------------------------------------------------------------
-
+# ---- Report --------------------------------------------------------------------------------------
 
 def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     """Log configuration, versions, hardware, revision and corpus."""
@@ -2213,7 +2066,6 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     for kind in ("facts", "corpus", "config"):
         run.log(f"{kind} " + " ".join(f"{k}:{v}" for k, v in run.record[kind].items()))
 
-
 def git_revision() -> str:
     """The commit this file is at, "+" if changed since, or "unknown"."""
     def git(*arguments: str) -> str:
@@ -2224,7 +2076,6 @@ def git_revision() -> str:
         return (git("rev-parse", "HEAD") or "unknown") + changed
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
 
 def report_budgets(run: Run, cfg: Config, total_bytes: int, eval_seconds: float) -> None:
     """One PASS or FAIL line for each of the challenge's budgets."""
@@ -2237,7 +2088,6 @@ def report_budgets(run: Run, cfg: Config, total_bytes: int, eval_seconds: float)
         verdict = "PASS" if used <= limit else f"FAIL excess:{used - limit:.10g}"
         run.record["budget"].append(dict(name=name, used=used, limit=limit, verdict=verdict))
         run.log(f"budget {name}:{used}/{limit:.10g} {verdict}")
-
 
 def submission(cfg: Config, run: Run, final: dict, eval_seconds: float) -> dict:
     """The run in the form of the challenge's submission.json."""
@@ -2252,7 +2102,6 @@ def submission(cfg: Config, run: Run, final: dict, eval_seconds: float) -> dict:
         train_seconds=trained.get("train_seconds"), eval_seconds=round(eval_seconds, 1),
         hardware=hardware, seed=cfg.seed, torch=facts["torch"], corpus=run.record["corpus"],
         revision=facts["revision"])
-
 
 def plot(record: dict) -> bytes:
     """Four panels as PNG, 1200 x 900: training, validation, running score, matched orders."""
@@ -2287,7 +2136,6 @@ def plot(record: dict) -> bytes:
     pyplot.close(figure)
     return image.getvalue()
 
-
 def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> None:
     """Result lines, score table, budgets, files and, last, the final line; on rank 0."""
     stage, headline = f"int{cfg.matrix_bits}_sliding", evaluation.headline
@@ -2312,11 +2160,7 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     write_atomic(run.path(".json"), json.dumps(run.record, indent=1).encode())
     run.row("final", **final)
 
-
-# ------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------
-
+# ---- Main ----------------------------------------------------------------------------------------
 
 def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
     """Train, save the weights, export; the artifact's path, on every rank."""
@@ -2341,7 +2185,6 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
     run.agree(save_weights)
     trainer.validate()
     return run.agree(save_artifact)
-
 
 def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> None:
     """Score what would be shipped, from the artifact's first byte to the final line."""
@@ -2369,7 +2212,6 @@ def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> None:
         evaluation.masses()
     run.agree(lambda: final_report(evaluation, blob, cfg, run))
 
-
 def run_all(cfg: Config, notes: list[str], run: Run) -> None:
     """The whole run, as a table of contents."""
     for note in notes:
@@ -2381,7 +2223,6 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> None:
     run.agree(lambda: describe_run(cfg, notes, data, run))
     path = Path(cfg.load_artifact) if cfg.load_artifact else make_artifact(data, cfg, run)
     evaluate_artifact(path, data, cfg, run)
-
 
 def main() -> int:
     """Run as the environment says; the exit status."""
@@ -2407,7 +2248,6 @@ def main() -> int:
     finally:
         if run:
             run.close()
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -410,8 +410,6 @@ class Run:
         self.base, self.log_file = None, None
         self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else (
             torch.device("cpu"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1))))
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -1392,7 +1390,7 @@ def row_steps(w: Tensor, limit: int, floor: float = 0.0) -> Tensor:
     floor: least clip as a multiple of the row's root mean square (rate control).
     """
     magnitudes = w.abs().sort(dim=-1).values
-    least = floor * w.square().mean(-1, keepdim=True).sqrt()
+    least = floor * w.square().mean(-1, keepdim=True).sqrt() if floor else torch.zeros(())
     best, best_error = None, None
     for quantile in CLIP_QUANTILES:
         clip = magnitudes[..., math.ceil(quantile * (w.size(-1) - 1)), None].maximum(least)
@@ -1475,7 +1473,8 @@ def coding_order(clusters: np.ndarray, rows: list[int]) -> list[tuple[int, int, 
 def ans_models(histograms: np.ndarray) -> list:
     """constriction's entropy models of histograms uint16 (clusters, SYMBOLS)."""
     import constriction
-    shares = (histograms / histograms.sum(1, keepdims=True).clip(1)).astype(np.float32)
+    weights = histograms + 2.0**-10  # a cluster without rows is still a distribution
+    shares = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     return [constriction.stream.model.Categorical(row, perfect=False) for row in shares]
 
 def ans_encode(codes: list[np.ndarray], limits: list[int]) -> tuple[bytes, bytes]:
@@ -1492,7 +1491,8 @@ def ans_encode(codes: list[np.ndarray], limits: list[int]) -> tuple[bytes, bytes
     counts = np.zeros((int(clusters.max()) + 1, SYMBOLS), np.int64)
     for (_, c, _), run in zip(order, runs):
         counts[c] += np.bincount(run, minlength=SYMBOLS)
-    histograms = np.ceil(counts * (65535 / counts.max(1, keepdims=True).clip(1))).astype("<u2")
+    scaled = np.ceil(counts * (65535 / counts.max(1, keepdims=True).clip(1)))
+    histograms = scaled.clip(max=65535).astype("<u2")
     models, coder = ans_models(histograms), constriction.stream.stack.AnsCoder()
     for (_, c, _), run in reversed(list(zip(order, runs))):  # a stack: last in, first out
         coder.encode_reverse(run, models[c])

@@ -1,0 +1,111 @@
+# ruff: noqa: E402
+"""Shared fixtures: a small corpus of real text, and runs through the real command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Two busy-waiting threads a process are slower than one wherever the cores are shared.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as golf
+
+settings.register_profile("golf", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("golf")
+
+# A network of seconds: every mechanism is there, the sizes are not.
+TINY = dict(SCALE="demo", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", ROPE_DIMS="4",
+            TRAIN_SEQ_LEN="64", EVAL_SEQ_LEN="64", EVAL_STRIDE="16", TRAIN_BATCH_TOKENS="1536",
+            VAL_TOKENS="4096", VOCAB_SIZE="512", BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8",
+            VE_DIM="8", EVAL_BATCH_WINDOWS="8", ITERATIONS="6", MAX_WALLCLOCK_SECONDS="0",
+            NGRAM_BUCKETS="1024", AUTHOR="a tester")
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A folder with 40 text files: sources of Python's own email and json packages."""
+    folder = tmp_path_factory.mktemp("text")
+    library = Path(os.__file__).parent
+    paths = sorted([*library.glob("email/*.py"), *library.glob("json/*.py"),
+                    *library.glob("logging/*.py"), *library.glob("http/*.py")])
+    for path in paths:
+        (folder / f"{path.parent.name}_{path.stem}.txt").write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workplace(text_folder, tmp_path_factory):
+    """A folder to run in, and the environment of a tiny run there."""
+    folder = tmp_path_factory.mktemp("work")
+    return folder, TINY | dict(TEXT_FILES=f"{text_folder}/*.txt",
+                               PREPARED_PATH=str(folder / "data"))
+
+
+@pytest.fixture(scope="session")
+def job(workplace):
+    """job(processes=1, **variables) -> CompletedProcess of a run, with `.record` and `.final`."""
+    folder, base = workplace
+    count = iter(range(10**6))
+
+    def run(processes=1, wait=True, drop=(), **variables):
+        logs = folder / f"logs{next(count)}"
+        env = {k: v for k, v in (base | variables).items() if k not in drop}
+        env = {"PATH": os.environ["PATH"], "LOGS_PATH": str(logs), "OMP_NUM_THREADS": "1"} | env
+        launch = [sys.executable] if processes == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={processes}"]
+        process = subprocess.Popen([*launch, str(ROOT / "train_gpt.py")], cwd=folder, env=env,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=300)
+        done = subprocess.CompletedProcess(launch, process.returncode, out, err)
+        done.logs, records = logs, sorted(logs.glob("*[0-9].json")) if logs.exists() else []
+        done.record = json.loads(records[0].read_text()) if records else None
+        done.final = out.strip().splitlines()[-1] if out.strip() else ""
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(job):
+    """A finished tiny run of the default recipe."""
+    done = job()
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def data(workplace, tmp_path_factory):
+    """(Config, Run, Data) of the tiny corpus, in this process."""
+    env = workplace[1] | dict(LOGS_PATH=str(tmp_path_factory.mktemp("logs")))
+    cfg, _ = golf.load_config(env)
+    run = golf.Run(cfg)
+    return cfg, run, golf.load_data(cfg, run)
+
+
+@pytest.fixture
+def tiny_model():
+    """tiny_model(**config values) -> (Config, initialized GPT) with every option's parameters
+    away from their starting zeros, so that each of them matters."""
+    def make(**values):
+        cfg, _ = golf.load_config(TINY)
+        cfg = golf.replace(cfg, **values)
+        golf.check_config(cfg)
+        model = golf.GPT(cfg, golf.sdpa_attention).initialize(cfg.seed)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        return cfg, model
+    return make

@@ -1,0 +1,61 @@
+"""N-gram counts against tables of counters, and prefill against one pass."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt as golf
+
+STREAMS = st.lists(st.integers(0, 4), min_size=1, max_size=60)
+
+
+def columns(tokens, max_order, **options):
+    """{order: [(context, pair, distinct, hint, hint_count)]} of count_ngrams."""
+    out = {}
+    for order, counts in golf.count_ngrams(torch.tensor(tokens), max_order, **options):
+        present = [c.tolist() for c in counts if c is not None]
+        out[order] = list(zip(*present))
+    return out
+
+
+@given(STREAMS)
+def test_exact_counts_equal_a_dictionary_of_counters(tokens):
+    for order, rows in columns(tokens, 5).items():
+        assert rows == reference.count(tokens, order)
+
+
+@given(STREAMS, st.integers(1, 7), st.integers(1, 20), st.sampled_from([0, 2, 16, 1 << 22]))
+def test_visibility_and_buckets(tokens, granularity, first, buckets):
+    primes = (36313, 27191, 51647)
+    got = columns(tokens, 5, granularity=granularity, first=first, buckets=buckets, primes=primes)
+    for order, rows in got.items():
+        want = reference.count(tokens, order, buckets, granularity, first, primes)
+        assert [r[:2] for r in rows] == [r[:2] for r in want]
+
+
+@pytest.mark.parametrize("recipe", golf.RECIPES)
+@pytest.mark.parametrize("granularity", ["token", "window", "batch"])
+def test_real_text_with_each_recipes_tables(data, recipe, granularity):
+    tokens = data[2].val[:1500].tolist()
+    cfg, _ = golf.load_config(dict(RECIPE=recipe, NGRAM_GRANULARITY=granularity, EVAL_SEQ_LEN="64",
+                                   EVAL_STRIDE="4", NGRAM_BUCKETS="256"))
+    rule = golf.backoff_rules(cfg)["backoff_hashed"]
+    got = columns(tokens, cfg.ngram_max_order, buckets=256, granularity=rule.granularity,
+                  first=rule.first, primes=cfg.ngram_primes)
+    for order, rows in got.items():
+        want = reference.count(tokens, order, 256, rule.granularity, rule.first, cfg.ngram_primes)
+        assert [r[:2] for r in rows] == [r[:2] for r in want]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("options", [{}, dict(buckets=64, granularity=8, first=32)])
+def test_prefill_is_one_pass(data, ranks, options):
+    tokens = data[2].val[:2001]
+    whole = {n: c for n, c in golf.count_ngrams(tokens, 6, **options)}
+    cuts = [len(tokens) * r // ranks for r in range(ranks + 1)]
+    for start, end in zip(cuts, cuts[1:]):
+        for order, part in golf.count_ngrams(tokens[:end], 6, start=start, **options):
+            for a, b in zip(part, whole[order]):
+                assert (a is None and b is None) or torch.equal(a, b[start:end])

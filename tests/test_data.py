@@ -1,0 +1,174 @@
+"""Shards, tokenizer and bytes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt as golf
+
+
+@pytest.fixture(scope="session")
+def tokenizer(data):
+    """The tiny corpus's tokenizer."""
+    return data[2].tokenizer
+
+
+def test_round_trip_of_arbitrary_strings(tokenizer):
+    letters = st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])
+
+    @given(st.text(letters, max_size=60) | st.text("ab \n\t<>/sunk0x41", max_size=60))
+    def check(text):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    check()
+
+
+def test_bytes_of_any_text_balance(tokenizer):
+    table = golf.byte_table(tokenizer)
+    letters = st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])
+
+    @given(st.text(letters, max_size=60) | st.text(" ab\n", max_size=60))
+    def check(text):
+        tokens = torch.tensor([golf.BOS, *tokenizer.encode(text)])
+        assert int(table.target_bytes(tokens).sum()) == len(text.encode())
+
+    check()
+
+
+def test_prepared_shards_hold_every_document_once(workplace, data, text_folder):
+    cfg, _, corpus = data
+    folder = golf.Path(corpus.corpus["tokenizer"]).parent
+    texts = sorted(p.read_text("utf-8") for p in text_folder.glob("*.txt"))
+    found = []
+    for split in ("train", "val"):
+        tokens = np.array(golf.open_shard(str(folder / f"text_{split}_000000.bin")))
+        starts = np.flatnonzero(tokens == golf.BOS)
+        assert starts[0] == 0
+        for part in np.split(tokens, starts[1:]):
+            found.append(corpus.tokenizer.decode(part[1:].tolist()))
+    assert sorted(found) == [t for t in texts if t]
+    sizes = sum(len(t.encode()) for t in texts)
+    assert json.loads((folder / "corpus.json").read_text())["text_bytes"] == sizes
+
+
+def test_control_and_unknown_pieces_are_worth_no_bytes(tokenizer):
+    table = golf.byte_table(tokenizer)
+    for i in range(tokenizer.get_piece_size()):
+        if tokenizer.is_control(i) or tokenizer.is_unknown(i):
+            assert table.boundary[i] and table.base[i] == 0 and not table.space[i]
+        if tokenizer.is_byte(i):
+            assert table.base[i] == 1 and not table.space[i]
+
+
+def test_validation_is_cut_to_whole_windows(data):
+    cfg, _, corpus = data
+    assert (len(corpus.val) - 1) % cfg.eval_seq_len == 0 and len(corpus.val) - 1 <= cfg.val_tokens
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 99), st.integers(1, 99))
+def test_a_stream_reads_cyclically_across_shards(sizes, start, count):
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        paths, total = [], 0
+        for k, size in enumerate(sizes):
+            paths.append(f"{folder}/x_train_{k:06d}.bin")
+            golf.write_shard(golf.Path(paths[-1]), np.arange(total, total + size) % 500)
+            total += size
+        stream = golf.TokenStream(paths, 500)
+        want = [(start + i) % total % 500 for i in range(count)]
+        assert len(stream) == total and stream.read(start, count).tolist() == want
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_are_the_same_for_any_number_of_ranks(data, world):
+    cfg, run, corpus = data
+    cfg = golf.replace(cfg, train_batch_tokens=8 * cfg.train_seq_len)
+
+    class Place:
+        """A rank's place, as much of it as the loader reads."""
+        device = torch.device("cpu")
+
+        def __init__(self, rank, count):
+            self.rank, self.world = rank, count
+
+    whole = golf.TrainLoader(corpus.train, cfg, Place(0, 1))
+    parts = [golf.TrainLoader(corpus.train, cfg, Place(r, world)) for r in range(world)]
+    for _ in range(3):
+        inputs, targets = whole.next_batch()
+        shares = [p.next_batch() for p in parts]
+        assert torch.equal(inputs, torch.cat([s[0] for s in shares]))
+        assert torch.equal(targets, torch.cat([s[1] for s in shares]))
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_an_epoch_visits_every_block_once(data):
+    cfg, run, corpus = data
+    loader = golf.TrainLoader(corpus.train, cfg, run)
+    seen = [i * loader.stride % loader.blocks for i in range(loader.blocks)]
+    assert sorted(seen) == list(range(loader.blocks))
+
+
+def shard(path, tokens=b"\x05\x00" * 10, magic=20240520, version=1, count=10):
+    """Write a shard by hand."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, count
+    path.write_bytes(header.tobytes() + tokens)
+    return str(path)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (dict(magic=7), ["magic 7", "20240520"]), (dict(version=2), ["version 2"]),
+    (dict(count=11), ["11 tokens", "1046", "1044"]), (dict(count=9), ["9 tokens"]),
+    (dict(count=-1), ["-1 tokens"]), (dict(tokens=b""), ["10 tokens"])])
+def test_damaged_shards(tmp_path, damage, words):
+    path = shard(tmp_path / "x_val_0.bin", **damage)
+    with pytest.raises(golf.RunError) as error:
+        golf.open_shard(path)
+    assert all(word in str(error.value) for word in [path, *words])
+
+
+def test_a_shard_without_a_header_and_a_missing_one(tmp_path):
+    (tmp_path / "short").write_bytes(b"abc")
+    for name in ("short", "missing"):
+        with pytest.raises(golf.RunError, match=name):
+            golf.open_shard(str(tmp_path / name))
+
+
+def test_a_token_outside_the_vocabulary_names_the_file(tmp_path):
+    path = shard(tmp_path / "x_val_0.bin", tokens=b"\x05\x00" * 9 + b"\x00\x02")
+    with pytest.raises(golf.RunError, match="token 512 at 9.*vocabulary has 512"):
+        golf.TokenStream([path], 512).read(0, 2)
+
+
+@given(st.binary(max_size=3000))
+def test_random_bytes_are_no_shard_and_no_tokenizer(blob):
+    import tempfile
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(blob)
+        file.flush()
+        with pytest.raises(golf.RunError):
+            golf.open_shard(file.name)
+        with pytest.raises(golf.RunError):
+            golf.load_tokenizer(file.name, 512)
+
+
+def test_few_documents_are_cut_at_line_ends():
+    text = "".join(f"line {i}\n" for i in range(1000))
+    parts = golf.cut_documents([("a", text)])
+    assert "".join(t for _, t in parts) == text and len(parts) >= 15
+    assert all(t.endswith("\n") for _, t in parts)
+
+
+def test_text_with_the_space_sign_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one \u2581 two", "utf-8")
+    with pytest.raises(golf.RunError, match="U\\+2581"):
+        golf.user_documents(f"{tmp_path}/*.txt")
+
+
+def test_python_brings_enough_text():
+    documents = golf.python_documents()
+    assert sum(len(t) for _, t in documents) > 3_000_000 and len(documents) > 200

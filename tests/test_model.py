@@ -1,0 +1,167 @@
+"""The network: causality, the last k positions, options, QAT, averaging."""
+
+import math
+
+import pytest
+import torch
+
+import train_gpt as golf
+
+RECIPES = {name: {k: v for k, v in values.items() if k in golf.ARCHITECTURE or "mtp" in k}
+           for name, values in golf.RECIPES.items()}
+for options in RECIPES.values():  # recipes' head counts and RoPE dims are the full size's
+    options.pop("num_kv_heads", None), options.pop("rope_dims", None)
+RECIPES["mha_untied"] = dict(num_kv_heads=4, rope_dims=8, tie_embeddings=False,
+                             bigram_vocab_size=0, num_layers=4, ve_layers=(3,), xsa_last_n=2)
+
+
+def batch(cfg, rows=3, length=24):
+    """Random tokens (rows, length)."""
+    return torch.randint(0, cfg.vocab_size, (rows, length),
+                         generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_last_k_positions_equal_the_full_forward(tiny_model, recipe):
+    cfg, model = tiny_model(**RECIPES[recipe])
+    tokens = batch(cfg)
+    with torch.no_grad():
+        full = model.logits(tokens)
+        for k in (1, 2, 7, 23, 24):
+            assert torch.allclose(model.logits(tokens, k), full[:, -k:], atol=2e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_position_sees_a_later_token(tiny_model, recipe):
+    cfg, model = tiny_model(**RECIPES[recipe])
+    tokens, changed = batch(cfg), batch(cfg)
+    changed[:, 10:] = (changed[:, 10:] + 1) % cfg.vocab_size
+    with torch.no_grad():
+        a, b = model.logits(tokens), model.logits(changed)
+    assert torch.equal(a[:, :10], b[:, :10]) and not torch.allclose(a[:, 10:], b[:, 10:])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_parameter_gets_a_gradient(tiny_model, recipe):
+    """No feature is dead: from the real initialization, after one step, each tensor moves."""
+    cfg, _ = tiny_model(**RECIPES[recipe])
+    model = golf.GPT(cfg, golf.sdpa_attention).initialize(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # zero output projections hide the layers before them for a step
+        tokens = batch(cfg, 8)
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:])[0].backward()
+        optimizer.step()
+    idle = [n for n, p in model.named_parameters() if not p.grad.abs().sum() > 0]
+    assert not idle
+
+
+def test_mtp_heads_train_and_stay_out_of_the_artifact(tiny_model):
+    cfg, model = tiny_model(mtp_num_heads=2)
+    tokens = batch(cfg)
+    loss, nats = model(tokens[:, :-1], tokens[:, 1:])
+    assert float(loss.detach()) > float(nats)
+    assert "mtp_heads" not in golf.quantize(dict(model.named_parameters()), cfg)
+    heads = id(model.mtp_heads)
+    assert any(heads == id(p) for g in golf.parameter_groups(model, cfg)[1] for p in g["params"])
+
+
+@pytest.mark.parametrize("option, value", [
+    ("value_residual", True), ("xsa_last_n", 0), ("ve_enabled", False), ("ln_scale", False),
+    ("relu_slope", 0.9), ("rope_dims", 8), ("bigram_vocab_size", 0), ("tie_embeddings", False),
+    ("logit_softcap", 5.0), ("num_kv_heads", 1), ("mlp_mult", 2.0)])
+def test_every_option_changes_the_network(tiny_model, option, value):
+    cfg, model = tiny_model()
+    _, other = tiny_model(**{option: value})
+    other.load_state_dict({k: v for k, v in model.state_dict().items()
+                           if k in other.state_dict() and v.shape == other.state_dict()[k].shape},
+                          strict=False)
+    tokens = batch(cfg)
+    with torch.no_grad():
+        assert not torch.allclose(model.logits(tokens), other.logits(tokens), atol=1e-4)
+
+
+def test_xsa_leaves_nothing_along_the_own_value():
+    y, v = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    out = golf.exclude_own_value(y, v).view(2, 5, 2, 2, 8)
+    assert torch.allclose((out * v[:, :, :, None]).sum(-1), torch.zeros(2, 5, 2, 2), atol=1e-5)
+
+
+def test_attention_matches_a_plain_softmax_in_float64():
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
+    got = golf.sdpa_attention(q, k, v)
+    k, v = (x.repeat_interleave(2, dim=2).double() for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k) / math.sqrt(8)
+    mask = torch.arange(9) > torch.arange(6, 9)[:, None]
+    want = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(mask, -torch.inf).softmax(-1), v)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+
+
+def test_long_windows_rescale_the_rope_base():
+    short = golf.rope_tables(1024, 10000.0, 8, "cpu")[1][1, 0]
+    long = golf.rope_tables(2048, 10000.0, 8, "cpu")[1][1, 0]
+    want = [math.sin((10000 * 2 ** (8 / 6)) ** (-i / 8)) for i in (0, 2, 4, 6)]
+    assert torch.allclose(long, torch.tensor(want)) and not torch.allclose(short, long)
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_qat_is_live(tiny_model, compiler):
+    cfg, model = tiny_model(matrix_bits=4)
+    forward = torch.compile(model, backend=compiler, fullgraph=True, dynamic=False) if (
+        compiler) else model
+    tokens = batch(cfg)
+    losses = [forward(tokens[:, :-1], tokens[:, 1:], qat)[0].item() for qat in (False, True, False)]
+    assert losses[0] != losses[1] and losses[0] == losses[2]
+    stored = golf.quantize(dict(model.named_parameters()), cfg)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(stored[name].tensor())
+    assert abs(model(tokens[:, :-1], tokens[:, 1:])[0].item() - losses[1]) < 2e-3
+
+
+def test_fake_quantization_is_the_exporters(tiny_model):
+    cfg, model = tiny_model()
+    stored = golf.quantize(dict(model.named_parameters()), cfg)
+    for name, p in model.named_parameters():
+        if limit := golf.code_limit(name, cfg):
+            p.grad = None
+            fake = golf.fake_quantize(p, limit)
+            assert torch.allclose(fake, stored[name].tensor(), atol=1e-6, rtol=0)
+            fake.sum().backward()
+            assert torch.equal(p.grad, torch.ones_like(p))  # straight through
+
+
+def test_training_with_qat_shrinks_the_quantization_gap(tiny_model):
+    cfg, _ = tiny_model(matrix_bits=2, embed_bits=3, num_layers=2, ve_layers=(1,), xsa_last_n=2)
+    tokens, gaps = batch(cfg, 8, 33), {}
+    for qat in (False, True):
+        model = golf.GPT(cfg, golf.sdpa_attention).initialize(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(80):
+            optimizer.zero_grad()
+            model(tokens[:, :-1], tokens[:, 1:], qat)[0].backward()
+            optimizer.step()
+        with torch.no_grad():
+            plain, fake = (float(model(tokens[:, :-1], tokens[:, 1:], q)[0]) for q in (False, True))
+        gaps[qat] = fake - plain
+    assert gaps[True] < 0.5 * gaps[False]
+
+
+def test_averages_against_their_formulas(tiny_model):
+    cfg, model = tiny_model()
+    parameter, samples = model.smear_gate, []
+    for kind, every in (("ema", None), ("swa", 200)):
+        config = golf.replace(cfg, averaging=kind, schedule_steps=1000, ema_decay=0.99)
+        average, samples = golf.WeightAverage(model, config), []
+        for step in range(10):  # each step is a tenth of the run: 100 schedule steps
+            with torch.no_grad():
+                parameter.fill_(float(step * step))
+            lr_scale = 1.0 if step < 4 else 0.3
+            average.update(step / 10, (step + 1) / 10, lr_scale)
+            if kind == "ema" or (lr_scale < 0.5 and (
+                    (step + 1) // 2 != step // 2 or not samples)):
+                samples.append(float(step * step))
+        average.apply()
+        weights = [0.99 ** (100 * k) if kind == "ema" else 1.0 for k in range(len(samples))][::-1]
+        want = sum(w * x for w, x in zip(weights, samples)) / sum(weights)
+        assert abs(float(parameter[0]) - want) < 1e-3 and average.samples == len(samples)

@@ -1,0 +1,76 @@
+"""Muon and AdamW against plain references; parameters owned once."""
+
+import pytest
+import torch
+
+import train_gpt as golf
+
+
+class OneRank:
+    """The only rank of a run, as much of it as the optimizer reads."""
+    rank, world, is_main, device = 0, 1, True, torch.device("cpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 32), (2, 16, 48), (2, 48, 16), (1, 32, 8)])
+def test_newton_schulz_is_nearly_orthogonal(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(golf.newton_schulz(x, 5))
+    assert singular.min() > 0.5 and singular.max() < 1.3
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(
+        golf.newton_schulz(x, 5).flatten(), (u @ vh).flatten(), dim=0)
+    assert cosine > 0.95
+
+
+@pytest.mark.parametrize("recipe", golf.RECIPES)
+def test_every_parameter_is_in_exactly_one_group(tiny_model, recipe):
+    cfg, _ = golf.load_config(dict(RECIPE=recipe, SCALE="demo"))
+    model = golf.GPT(cfg, golf.sdpa_attention)
+    banks, groups = golf.parameter_groups(model, cfg)
+    owned = [id(p) for p in banks] + [id(p) for g in groups for p in g["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    assert all(p.ndim == 3 for p in banks)
+
+
+def test_a_step_equals_plain_muon_and_adamw(tiny_model):
+    cfg, model = tiny_model(grad_clip_norm=0.5)
+    _, plain = tiny_model(grad_clip_norm=0.5)
+    optimizer = golf.Optimizer(model, cfg, OneRank())
+    momenta = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
+    lrs = dict(tok_emb=cfg.tied_embed_lr, bigram_emb=cfg.tied_embed_lr, value_emb=cfg.tied_embed_lr)
+    adams = {n: torch.optim.AdamW([p], lr=lrs.get(n, cfg.scalar_lr), betas=(0.9, 0.95), eps=1e-8,
+                                  weight_decay=cfg.adam_wd)
+             for n, p in plain.named_parameters() if n not in golf.BANKS}
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        grads = {n: torch.randn(p.shape, generator=generator) for n, p in plain.named_parameters()}
+        for n, p in model.named_parameters():
+            p.grad = grads[n].clone()
+        optimizer.step(0.7, 0.9)
+        norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
+        for n, p in plain.named_parameters():
+            grad = grads[n] * min(1, 0.5 / norm)
+            if n in adams:
+                p.grad = grad
+                adams[n].param_groups[0]["lr"] = 0.7 * lrs.get(n, cfg.scalar_lr)
+                adams[n].step()
+                continue
+            momenta[n] = 0.9 * momenta[n] + grad
+            for i in range(len(p)):
+                direction = golf.newton_schulz((grad + 0.9 * momenta[n])[i:i + 1], 5)[0]
+                scale = max(1, p.shape[1] / p.shape[2]) ** 0.5
+                with torch.no_grad():
+                    p[i] *= 1 - 0.7 * cfg.matrix_lr * cfg.muon_wd
+                    p[i] -= 0.7 * cfg.matrix_lr * scale * direction
+    for (n, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
+        assert torch.allclose(a, b, atol=2e-5), n
+
+
+def test_micro_batches_divide_a_ranks_share():
+    cfg = golf.Config()
+    assert golf.micro_batch_tokens(cfg, 8) == golf.micro_batch_tokens(cfg, 1) == 98304
+    assert golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 16), 8) == 2048 * 16
+    with pytest.raises(golf.RunError, match="384 sequences of 2048 do not divide among 5 ranks"):
+        golf.micro_batch_tokens(cfg, 5)
+    with pytest.raises(golf.RunError, match="MICRO_BATCH_TOKENS"):
+        golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 7), 8)

@@ -1,0 +1,88 @@
+"""Windows tile the targets; the grid shares them out; the neural pass scores each once."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt as golf
+
+
+@given(st.integers(1, 400), st.integers(1, 50), st.data())
+def test_windows_tile_the_targets(num_targets, seq_len, more):
+    stride = more.draw(st.integers(1, seq_len))
+    scored = 0
+    for start, first, end in golf.windows(num_targets, seq_len, stride):
+        assert first == scored and first < end <= num_targets
+        assert end - start == min(seq_len, num_targets) and start >= 0
+        assert first == 0 or first - start >= seq_len - stride
+        assert first == 0 or end - first <= stride
+        scored = end
+    assert scored == num_targets
+
+
+def test_the_challenge_has_969057_windows():
+    assert sum(1 for _ in golf.windows(62_021_632, 2048, 64)) == 969_057
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+def test_ranks_share_all_batches_and_spans_tile(count, stride, batch, world):
+    cfg = golf.replace(golf.Config(), eval_seq_len=10, eval_batch_windows=batch)
+    num_targets = 10 * count
+    grid = golf.Grid(num_targets, cfg, stride, world)
+    assert [b for batches in grid.batches for b in batches] == list(
+        range(sum(map(len, grid.batches))))
+    position = 0
+    for batches, (start, end) in zip(grid.batches, grid.spans):
+        rows = [grid.rows(b) for b in batches]
+        scored = torch.cat(rows) if rows else torch.empty(0, 3, dtype=torch.int64)
+        spans = [(int(a), int(b)) for _, a, b in scored if b > a]
+        assert start == position and end == (spans[-1][1] if spans else start)
+        for a, b in spans:
+            assert a == position
+            position = b
+    assert position == num_targets
+    assert all(len(grid.rows(b)) == batch for batches in grid.batches for b in batches if b)
+    for target in (0, num_targets // 2, num_targets - 1):
+        _, first, end = grid.table[grid.window_of(target)].tolist()
+        assert first <= target < end
+
+
+def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
+    cfg, run, corpus = data
+    _, model = tiny_model()
+    neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
+    hints = torch.randint(0, cfg.vocab_size, (len(corpus.val) - 1,))
+    got = neural.columns(hints)
+    with torch.no_grad():
+        for start, first, end in list(golf.windows(len(corpus.val) - 1, 64, 16))[:40:7]:
+            logp = model.logits(corpus.val[None, start:end]).double().log_softmax(-1)[0]
+            logp = logp[first - start:]
+            targets = corpus.val[first + 1:end + 1, None]
+            span, hint = slice(first, end), hints[first:end, None]
+            assert torch.allclose(got.logp[span], logp.gather(1, targets)[:, 0], atol=1e-5)
+            assert torch.allclose(got.entropy[span], -(logp.exp() * logp).sum(1), atol=1e-5)
+            assert torch.allclose(got.hint_logp[span], logp.gather(1, hint)[:, 0], atol=1e-5)
+            others = logp.scatter(1, hint, -torch.inf).logsumexp(1)
+            assert torch.allclose(got.hint_log1m[span], others, atol=1e-5)
+
+
+def test_log1m_of_a_hint_that_is_nearly_certain():
+    """1 - p(y) = 1e-13 cannot be had from a float32 p(y)."""
+    logits = torch.full((1, 1, 4), -29.93)
+    logits[..., 2] = 0.0
+    hint = torch.tensor([[2]])
+    _, _, logp, log1m = golf.score_logits(logits, hint, hint).unbind(-1)
+    exact = torch.tensor(3.0).double().log() - 29.93
+    assert abs(float(log1m) - float(exact)) < 1e-5 and abs(float(logp)) < 1e-12
+
+
+def test_threads_do_not_change_a_bit(data, tiny_model):
+    cfg, run, corpus = data
+    _, model = tiny_model()
+    neural, threads = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride), []
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        threads.append(neural.columns())
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*threads))

@@ -323,9 +323,10 @@ def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
     scale, reason = choose_scale(values)
     cfg = replace(Config(), **RECIPES[name])
     if scale == "demo":  # the recipe's ratio of heads and fraction of rotated dims
-        head_dim, heads = cfg.model_dim // cfg.num_heads, DEMO["num_heads"]
+        head_dim, sizes = cfg.model_dim // cfg.num_heads, DEMO | values
+        heads = sizes["num_heads"]
         cfg = replace(cfg, **DEMO, num_kv_heads=heads * cfg.num_kv_heads // cfg.num_heads,
-                      rope_dims=cfg.rope_dims * DEMO["model_dim"] // heads // head_dim)
+                      rope_dims=cfg.rope_dims * sizes["model_dim"] // heads // head_dim)
     cfg = replace(cfg, **(values | dict(scale=scale)))
     cfg = replace(cfg, run_id=cfg.run_id or f"{name}-{scale}-{cfg.seed}")
     check_config(cfg)
@@ -1996,6 +1997,9 @@ class Evaluation:
         part = None
         if scoring in self.rules:
             rule = self.rules[scoring]
+            if rule.cold and self.run.world > 1:
+                self.run.log(f"{scoring}: each of the {self.run.world} ranks begins with a cold "
+                             "cache, so its score depends on their number")
             span = self.neural.start, self.neural.end
             counted = rule.counted(self.neural.tokens, span, self.cfg)
             part = backoff_columns(counted, rule.match, self.cfg)

@@ -37,10 +37,9 @@ def test_on_several_ranks_only_the_first_speaks(job):
     assert "do not divide among 2 ranks" in lines[0]
 
 
-def test_an_artifact_of_another_vocabulary(job, trained, tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"word{i} and {i * i}\n" for i in range(9000)))
+def test_an_artifact_of_another_vocabulary(job, trained, text_folder):
     done = job(LOAD_ARTIFACT=str(trained.logs / "golf-demo-1337.int6.ptz"),
-               TEXT_FILES=str(tmp_path / "a.txt"))
+               TEXT_FILES=f"{text_folder}/email*.txt")
     check(done, "artifact", "another vocabulary")
 
 

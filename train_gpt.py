@@ -1743,7 +1743,7 @@ class NeuralPass:
 
     @torch.no_grad()
     def distribution(self, target: int) -> Tensor:
-        """The network's log-probabilities (V,) float64 at a target, by the window that scores it."""
+        """The network's log-probabilities (V,) at a target, by the window that scores it."""
         start, _, end = self.grid.table[self.grid.window_of(target)].tolist()
         logits = self.model.logits(self.tokens[None, start:end], end - target)[0, 0]
         return logits.double().log_softmax(-1).cpu()
@@ -1764,97 +1764,111 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     return score_of(logp, data.table.target_bytes(data.val)) if run.is_main else {}
 
 # ---- N-gram counts -------------------------------------------------------------------------------
-
-PRIMES = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
+#
+# Counting by sorting. Grouping positions by the n-gram that ends at each, in stream order inside
+# a group, makes "how often before" a rank in the group. The groups of length n + 1 come from
+# those of length n: step one token on and split every group by that token with a stable sort.
+# Groups of one are dropped as they arise: what has occurred once has no count, and nothing longer
+# that begins with it can either, so the sorts shrink with every order. Buckets in place of
+# n-grams give a hashed table's counts, a rank among earlier chunks a coarser cache's.
 
 class Counts(typing.NamedTuple):
-    """Columns of one order, int32, entry k for position start + k; the last three exact only."""
+    """Columns of one order, each (positions,) int32, over what is visible at the position."""
 
-    context: Tensor                     # how often the context occurred before
-    pair: Tensor                        # how often it was followed by this token
-    distinct: Tensor | None = None      # by how many different tokens it was followed
-    hint: Tensor | None = None          # the token that followed it last, -1 if it is new
-    hint_count: Tensor | None = None    # how often that token followed it
+    context: Tensor                     # how often the n - 1 tokens before it occurred
+    pair: Tensor                        # how often this token followed them
+    distinct: Tensor | None = None      # how many different tokens followed them
+    hint: Tensor | None = None          # the token that followed them last, -1 if none did
+    hint_count: Tensor | None = None    # how often the hint followed them
 
 class Groups(typing.NamedTuple):
-    """Positions brought together by a key they share, in stream order inside each group."""
+    """M positions, group after group, in stream order inside each group."""
 
     position: Tensor    # (M,) int64
-    is_first: Tensor    # (M,) bool: the first member of its group
+    start: Tensor       # (M,) int32: index of the group's first member; it names the group
 
-def everything(begin: int, tokens: Tensor) -> Groups:
-    """One group of all positions from `begin` on."""
-    position = torch.arange(len(tokens), device=tokens.device)[begin:]
-    return Groups(position, position == begin)
-
-def changes(*columns: Tensor) -> Tensor:
-    """True where any of the columns (M,) differs from its previous entry, and at entry 0."""
-    changed = torch.ones_like(columns[0], dtype=torch.bool)
-    changed[1:] = columns[0][1:] != columns[0][:-1]
-    for column in columns[1:]:
-        changed[1:] |= column[1:] != column[:-1]
+def changes(a: Tensor, b: Tensor) -> Tensor:
+    """(M,) bool: True at 0 and wherever a or b differs from the entry before."""
+    changed = torch.ones_like(a, dtype=torch.bool)
+    changed[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
     return changed
 
 def run_starts(is_first: Tensor) -> Tensor:
-    """(M,) int64: for every member the index of its group's first."""
-    return is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
+    """(M,) int32: index of the latest True; int32 halves the memory traffic that dominates here."""
+    starts = is_first.nonzero().squeeze(1)
+    sizes = starts.diff(append=starts.new_tensor([len(is_first)]))
+    return starts.int().repeat_interleave(sizes, output_size=len(is_first))
 
 def split(groups: Groups, keys: Tensor) -> Groups:
-    """Divide each group by keys[position]; groups of one are left out: all their counts are 0."""
-    keys, order = keys[groups.position].sort(stable=True)
-    position = groups.position[order]
-    is_first = changes(keys, groups.is_first.cumsum(0, dtype=torch.int32)[order])
-    alone = is_first.clone()
-    alone[:-1] &= is_first[1:]
-    keep = (~alone).nonzero().squeeze(1)
-    return Groups(position[keep], is_first[keep])
+    """Divide each group by keys[position], without the groups of one that result."""
+    keys, order = keys[groups.position].sort(stable=True)  # keys first, then the old groups
+    is_first = changes(keys, groups.start[order])
+    repeats = ~is_first
+    repeats[:-1] |= ~is_first[1:]
+    kept = repeats.nonzero().squeeze(1)
+    return Groups(groups.position[order[kept]], run_starts(is_first[kept]))
 
-def earlier(groups: Groups, chunk_of) -> Tensor:
-    """(M,) members of the same group that lie in earlier chunks."""
-    starts = run_starts(groups.is_first)
-    if chunk_of is None:
-        return torch.arange(len(starts), device=starts.device) - starts
-    return run_starts(groups.is_first | changes(chunk_of(groups.position))) - starts
+def earlier(groups: Groups, chunk: Tensor | None) -> Tensor:
+    """(M,) int32: members of the same group before this one, and in earlier chunks if given."""
+    if chunk is None:
+        run = torch.arange(len(groups.start), dtype=torch.int32, device=groups.start.device)
+    else:
+        run = run_starts(changes(groups.start, chunk[groups.position]))
+    return run - groups.start
+
+def chunk_numbers(total: int, granularity: int, first: int, device) -> Tensor:
+    """(total,) int32: 0 for targets 1..first, then one more every `granularity`; token 0 first."""
+    targets = torch.arange(total, dtype=torch.int32, device=device)
+    chunk = ((targets - first - 1) // granularity + 1).clamp_(min=0)
+    return chunk.masked_fill_(targets == 0, -1)
+
+def hint_columns(contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tensor):
+    """(M,) distinct, hint and hint_count of `contexts`: `occurred` times, pair[position] so."""
+    seen = pair[contexts.position]
+    novel = (seen == 0).int()
+    before = novel.cumsum(0, dtype=torch.int32) - novel
+    distinct = before - before.index_select(0, contexts.start)
+    hint = tokens[contexts.position].roll(1).masked_fill_(occurred == 0, -1)
+    hint_count = (seen + 1).roll(1).masked_fill_(occurred == 0, 0)
+    return distinct, hint, hint_count
 
 def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=None, primes=None):
-    total, primes, first = len(tokens), primes or PRIMES, first or granularity
-    tokens = tokens.to(torch.int16 if int(tokens.max()) < 2**15 else torch.int32)
-    causal = granularity == first == 1
+    """Yield (order, Counts from position `start` on) for orders 1 to max_order.
 
-    def chunk_of(position):
-        chunk = (position - 1 - first).div(granularity, rounding_mode="floor").clamp_(min=-1)
-        return torch.where(position == 0, -2, chunk)
+    tokens (N,) integers >= 0. buckets: 0 exact, a power of two hashed. Targets 1, 2, ... fall
+    into chunks, the first of `first`, then `granularity` each; a position sees the n-grams whose
+    target lies in earlier chunks. distinct and the hints: exact and one target a chunk only.
+    """
+    total, device = len(tokens), tokens.device
+    primes, first = primes or Config.ngram_primes, first or granularity
+    one_each = granularity == first == 1
+    chunk = None if one_each else chunk_numbers(total + 1, granularity, first, device)
+    # 16-bit keys take half the sort's passes; the token -1 after the end repeats in no n-gram.
+    narrow = torch.int16 if tokens.max() < 2**15 else torch.int32
+    tokens = F.pad(tokens.to(narrow), (0, 1), value=-1)
 
-    def column(position, values, fill=0):
-        out = torch.full((total,), fill, dtype=torch.int32, device=tokens.device)
-        out[position] = values.to(torch.int32)
+    def column(groups, values, fill=0):
+        out = torch.full((total + 1,), fill, dtype=torch.int32, device=device)
+        out[groups.position] = values.int()
         return out
 
-    contexts, hashed = everything(0, tokens), torch.zeros_like(tokens, dtype=torch.int64)
+    position = torch.arange(total, device=device)
+    contexts = stream = Groups(position, torch.zeros_like(position, dtype=torch.int32))
+    key = torch.zeros(total + 1, dtype=torch.int64, device=device)
     for order in range(1, max_order + 1):
-        context = column(contexts.position, earlier(contexts, None if causal else chunk_of))
         if buckets:
-            hashed = hashed.roll(1) ^ tokens.long() * primes[(order - 1) % len(primes)]
-        if buckets and order > 1:
-            grams = split(everything(order - 1, tokens), (hashed & (buckets - 1)).int())
-        else:
-            grams = split(contexts, tokens)
-        pair = column(grams.position, earlier(grams, None if causal else chunk_of))
-        hints = ()
-        if causal and not buckets:
-            seen = pair[contexts.position]
-            novel = (seen == 0)
-            before = novel.cumsum(0) - novel.long()
-            distinct = column(contexts.position, before - before[run_starts(contexts.is_first)])
-            later = (~contexts.is_first).nonzero().squeeze(1)
-            at = contexts.position[later]
-            hint = column(at, tokens[contexts.position][later - 1], -1)
-            hints = distinct, hint, column(at, seen[later - 1] + 1)
-        yield order, Counts(*(c[start:] for c in (context, pair, *hints)))
-        if buckets and order == 1:
-            grams = split(everything(0, tokens), (hashed & (buckets - 1)).int())
-        inside = (grams.position < total - 1).nonzero().squeeze(1)
-        contexts = Groups(grams.position[inside] + 1, grams.is_first[inside])
+            key = key.roll(1) ^ tokens.long() * primes[(order - 1) % len(primes)]
+            full = Groups(stream.position[order - 1:], stream.start[order - 1:])
+            hashed = split(full, (key & (buckets - 1)).int())
+        grams = hashed if buckets and order > 1 else split(contexts, tokens)
+        occurred = earlier(contexts, chunk)
+        columns = [column(contexts, occurred), column(grams, earlier(grams, chunk))]
+        if one_each and not buckets:
+            hints = hint_columns(contexts, occurred, columns[1], tokens)
+            columns += map(column, [contexts] * 3, hints, (0, -1, 0))
+        yield order, Counts(*(c[start:total] for c in columns))
+        grams = hashed if buckets else grams
+        contexts = Groups(grams.position + 1, grams.start)
 
 # ---- Mixing --------------------------------------------------------------------------------------
 #

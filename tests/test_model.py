@@ -150,7 +150,7 @@ def test_training_with_qat_shrinks_the_quantization_gap(tiny_model):
 def test_averages_against_their_formulas(tiny_model):
     cfg, model = tiny_model()
     parameter, samples = model.smear_gate, []
-    for kind, every in (("ema", None), ("swa", 200)):
+    for kind in ("ema", "swa"):
         config = golf.replace(cfg, averaging=kind, schedule_steps=1000, ema_decay=0.99)
         average, samples = golf.WeightAverage(model, config), []
         for step in range(10):  # each step is a tenth of the run: 100 schedule steps

@@ -1,0 +1,140 @@
+"""How fast are n-gram counts? Sorting the stream against tables read and written by window.
+
+    python bench/ngram_counts.py [--sizes 0.5 2 8] [--repeats 5] [--tokens stream.npy|.bin]
+
+Sizes are in millions of tokens. Without --tokens the stream is made here (`make_stream`). With a
+GPU the same sizes and 62 M tokens run there too. The contender does what the public submissions
+do: for every order two 2**22-bucket uint32 tables, read for a window of 32 targets and then
+updated, window after window, with numpy; being linear it is timed on a slice. It yields the
+longest match only, ours every column of every order.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from train_gpt import count_ngrams
+
+MAX_ORDER, BUCKETS, WINDOW, MIN_COUNT, VOCAB = 10, 2**22, 32, 2, 1024
+PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 174763, 233017), dtype=np.int64)
+
+
+def make_stream(total, seed=0):
+    """(total,) int32 tokens that repeat somewhat like text.
+
+    A lexicon of 30,000 words of 1 to 6 Zipf-distributed tokens, and 200,000 stock phrases of 2 to
+    9 Zipf-distributed words; the stream draws Zipf-distributed words (70 %) and phrases (30 %)
+    independently. Words give the short repeats, phrases the long ones.
+    """
+    rng = np.random.default_rng(seed)
+
+    def zipf(size, count, exponent):
+        weights = np.cumsum(np.arange(1, count + 1, dtype=float) ** -exponent)
+        return np.searchsorted(weights, rng.random(size) * weights[-1])
+
+    def concatenate(items, pool):
+        lengths = np.array([len(p) for p in pool])[items]
+        flat, begins = np.concatenate(pool), np.cumsum([0] + [len(p) for p in pool])[items]
+        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return flat[np.repeat(begins, lengths) + steps]
+
+    words = [zipf(size, VOCAB - 2, 0.8) + 2 for size in rng.integers(1, 7, 30_000)]
+    phrases = [concatenate(zipf(size, len(words), 1.0), words)
+               for size in rng.integers(2, 10, 200_000)]
+    draws = total // 3 + 100
+    items = np.where(rng.random(draws) < 0.7, zipf(draws, len(words), 1.0),
+                     len(words) + zipf(draws, len(phrases), 0.8))
+    return concatenate(items, words + phrases)[:total].astype(np.int32)
+
+
+def per_window(tokens):
+    """Longest hashed match of every target, windows of 32 targets, table updates in between."""
+    tokens, mask = tokens.astype(np.int64), BUCKETS - 1
+    context_tables = np.zeros((MAX_ORDER + 1, BUCKETS), dtype=np.uint32)
+    pair_tables = np.zeros_like(context_tables)
+    best = np.zeros((len(tokens), 3), dtype=np.int64)      # order, context count, pair count
+    for begin in range(1, len(tokens), WINDOW):
+        targets = np.arange(begin, min(begin + WINDOW, len(tokens)))
+        rows = {}
+        for order in range(MAX_ORDER, 1, -1):
+            at = targets[targets >= order - 1]
+            key = np.zeros(len(at), dtype=np.int64)
+            for k in range(order - 1):
+                key ^= tokens[at - order + 1 + k] * PRIMES[k % 7]
+            pair = (key ^ tokens[at] * PRIMES[(order - 1) % 7]) & mask
+            rows[order] = key & mask, pair
+            context_count = context_tables[order, rows[order][0]]
+            found = (context_count >= MIN_COUNT) & (best[at, 0] == 0)
+            best[at[found], 0] = order
+            best[at[found], 1] = context_count[found]
+            best[at[found], 2] = pair_tables[order, pair[found]]
+        for order, (context, pair) in rows.items():
+            np.add.at(context_tables[order], context, 1)
+            np.add.at(pair_tables[order], pair, 1)
+    return best
+
+
+def seconds(work, repeats, device):
+    """Median wall-clock seconds of `repeats` runs after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+def count_all(tokens, **options):
+    for _ in count_ngrams(tokens, MAX_ORDER, **options):
+        pass
+
+
+def load_tokens(path):
+    """.npy, or a challenge shard: 256 int32 of header, then uint16 tokens."""
+    tokens = np.load(path) if path.endswith(".npy") else np.fromfile(path, np.uint16)[512:]
+    return tokens.astype(np.int32)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 2, 8])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens")
+    parser.add_argument("--window-tokens", type=int, default=200_000)
+    args = parser.parse_args()
+    sizes = {"cpu": args.sizes, "cuda": [*args.sizes, 62.0]}
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    longest = int(1e6 * max(sizes[devices[-1]]))
+    stream = load_tokens(args.tokens) if args.tokens else make_stream(longest)
+
+    sample = stream[:args.window_tokens]
+    slow = len(sample) / seconds(lambda: per_window(sample), 1, "cpu")
+    print(f"per-window numpy tables, {len(sample)} tokens: {slow / 1e6:.4f} M tokens/s")
+    modes = {"exact": {}, "hashed": {"buckets": BUCKETS},
+             "hashed, windows": {"buckets": BUCKETS, "granularity": 64, "first": 2048}}
+    print(f"{'device':8}{'tokens':>12}  {'mode':18}{'M tokens/s':>12}{'x per-window':>14}{'GB':>8}")
+    for device in devices:
+        for size in sizes[device]:
+            tokens = torch.from_numpy(stream[:int(size * 1e6)]).to(device)
+            for mode, options in modes.items():
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                speed = len(tokens) / seconds(
+                    lambda t=tokens, o=options: count_all(t, **o), args.repeats, device)
+                peak = torch.cuda.max_memory_allocated() if device == "cuda" else \
+                    1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                print(f"{device:8}{len(tokens):12,}  {mode:18}{speed / 1e6:12.2f}"
+                      f"{speed / slow:14.1f}{peak / 1e9:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,4 @@
-"""Parameter Golf, whole: train a small GPT, ship it in 16,000,000 bytes, prove its bits per byte.
-
-A run is five stages, and each hands the next one file:
+"""Parameter Golf, whole: train a small GPT, ship it in 16,000,000 bytes, score it in bits per byte.
 
     text or shards -> train -> weights -> quantize + compress -> artifact -> evaluate -> val_bpb
 
@@ -11,20 +9,20 @@ A run is five stages, and each hands the next one file:
     LOAD_ARTIFACT=logs/x.int6.ptz python train_gpt.py         evaluation alone
     python train_gpt.py --help                                every variable and recipe
 
-Everything is set by environment variables; the last line a run prints is its `final` line.
-
-File map: configuration and recipes, runtime, data, model, optimizers, training, quantization and
-artifact, windows and neural pass, n-gram counts, mixing, report, main.
+Everything is set by environment variables; the last line that a run prints is its `final` line.
 Units are in names (`_seconds`, `_bytes`, `_tokens`); shapes in comments use B windows, T tokens of
-a window, C model_dim, H heads, D head_dim, V vocabulary, N targets.
+a window, C model_dim, H heads, D head_dim, L layers, V vocabulary, N targets.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import fnmatch
 import functools
 import glob
 import hashlib
+import importlib
 import io
 import json
 import lzma
@@ -43,14 +41,26 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+# Read when torch loads OpenMP: busy-waiting threads are many times slower on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# ruff: noqa: E402
+import constriction
 import numpy as np
+import safetensors.torch
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import zstandard
 from torch import Tensor, nn
+from tqdm import tqdm
+
+# PyTorch 2.13 renames two collectives; before, only the old names exist.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 # ---- Configuration and recipes -------------------------------------------------------------------
-
 class RunError(Exception):
     """Bad input or a failed stage: one line for the user, non-zero exit on every rank."""
 
@@ -91,7 +101,6 @@ class Config:
     num_kv_heads: int = knob(4, "key and value heads", POSITIVE)
     mlp_mult: float = knob(3.0, "hidden width of the MLP over model_dim", (0.1, 64))
     relu_slope: float = knob(0.5, "MLP activation: leaky_relu(x, slope) squared", FRACTION)
-    tie_embeddings: bool = knob(True, "the output head is the token embedding")
     tied_embed_init_std: float = knob(0.005, "std of the token embedding at the start")
     logit_softcap: float = knob(30.0, "logits are softcap*tanh(x/softcap)", (1e-3, 1e6))
     qk_gain_init: float = knob(1.5, "start of the queries' per-head gain")
@@ -113,8 +122,7 @@ class Config:
     train_batch_tokens: int = knob(786432, "tokens a step, over all ranks", POSITIVE)
     micro_batch_tokens: int = knob(0, "tokens of a rank's forward pass; 0: its share, <= 98,304")
     train_seq_len: int = knob(2048, "tokens of a training sequence", (2, 10**6))
-    schedule_steps: int = knob(7000, "steps of the run that the step counts below are parts of",
-                               POSITIVE)
+    schedule_steps: int = knob(7000, "steps that the step counts below are parts of", POSITIVE)
     warmup_steps: int = knob(20, "steps before the clock; they leave no trace")
     warmdown_iters: int = knob(3500, "final steps in which the lr falls to 0")
     val_loss_every: int = knob(4000, "steps between validations; 0: at the end only")
@@ -130,8 +138,7 @@ class Config:
     matrix_lr: float = knob(0.025, "Muon's lr")
     scalar_lr: float = knob(0.025, "AdamW's lr of vectors")
     tied_embed_lr: float = knob(0.035, "AdamW's lr of embeddings and tied head")
-    embed_lr: float = knob(0.6, "AdamW's lr of an untied token embedding")
-    head_lr: float = knob(0.008, "AdamW's lr of an untied head and of MTP heads")
+    head_lr: float = knob(0.008, "AdamW's lr of MTP heads")
     muon_momentum: float = knob(0.99, "Muon's momentum", FRACTION)
     muon_momentum_warmup_start: float = knob(0.92, "Muon's momentum at the start", FRACTION)
     muon_momentum_warmup_steps: int = knob(1500, "steps until full momentum")
@@ -153,9 +160,9 @@ class Config:
     eval_stride: int = knob(64, "targets a window scores", POSITIVE)
     eval_batch_windows: int = knob(128, "windows of a batch", POSITIVE)
     max_eval_seconds: float = knob(600.0, "budget of the evaluation", POSITIVE)
+    # scoring
     scoring: str = knob("backoff", "headline score", ["neural", "backoff"])
     ngram_table: str = knob("exact", "keys of the backoff headline", ["exact", "hashed"])
-    # n-grams
     ngram_enabled: bool = knob(True, "mix with n-grams at all")
     ngram_min_order: int = knob(2, "shortest n-gram of the backoff", (2, 64))
     ngram_max_order: int = knob(7, "longest n-gram of the backoff", (2, 64))
@@ -170,10 +177,8 @@ class Config:
     ngram_start_tokens: int = knob(0, "network alone until so many tokens are counted")
     ngram_buckets: int = knob(2**22, "hashed: buckets of an order's table, a power of 2", POSITIVE)
     ngram_match: str = knob("context", "hashed: what counts as a match", ["context", "pair"])
-    ngram_granularity: str = knob("window", "hashed: a count is visible after its token, window or "
-                                  "batch of 128 windows", ["token", "window", "batch"])
-    ngram_history: str = knob("prefill", "hashed: a rank begins with all before its span or cold",
-                              ["prefill", "cold"])
+    ngram_granularity: str = knob("window", "hashed: counts lag", ["token", "window", "batch"])
+    ngram_history: str = knob("prefill", "hashed: a rank's start", ["prefill", "cold"])
     ngram_primes: tuple[int, ...] = knob(
         (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens", None)
 
@@ -183,7 +188,7 @@ ALIASES = dict(
     USE_NGRAM_MIXER="ngram_enabled", ALPHA_BASE="ngram_ent_base", ALPHA_RANGE="ngram_ent_range",
     ALPHA_CENTER="ngram_ent_center")
 
-# The four submissions, and ours: values that differ from Config's defaults (Config is `golf`).
+# The four submissions: values that differ from Config's defaults, which are `golf`, ours.
 RECIPES: dict[str, dict] = {
     "golf": {},
     "pr889": dict(xsa_last_n=4, value_residual=True, compressor="lzma", ngram_table="hashed",
@@ -211,30 +216,24 @@ DEMO = dict(model_dim=128, num_heads=4, train_seq_len=256, eval_seq_len=256,
             val_batch_size=32768)
 
 # What determines the network's function: the artifact's header holds these and nothing else.
-ARCHITECTURE = (
-    "matrix_bits", "embed_bits", "vocab_size", "num_layers", "model_dim", "num_heads",
-    "num_kv_heads", "mlp_mult", "relu_slope",
-    "tie_embeddings", "logit_softcap", "rope_base", "rope_dims", "ln_scale", "bigram_vocab_size",
-    "bigram_dim", "ve_enabled", "ve_dim", "ve_layers", "xsa_last_n", "value_residual")
+ARCHITECTURE = """matrix_bits embed_bits vocab_size num_layers model_dim num_heads num_kv_heads
+    mlp_mult relu_slope logit_softcap rope_base rope_dims ln_scale bigram_vocab_size
+    bigram_dim ve_enabled ve_dim ve_layers xsa_last_n value_residual""".split()
 
-HELP_SECTIONS = dict(
-    recipe="Run", data_path="Data", num_layers="Model", iterations="Training",
-    matrix_lr="Optimizers", matrix_bits="Artifact", eval_seq_len="Evaluation",
-    ngram_enabled="N-grams")
+HELP_SECTIONS = dict(  # by the section's first field
+    recipe="Run", data_path="Data", num_layers="Model", iterations="Training", scoring="Scoring",
+    matrix_lr="Optimizers", matrix_bits="Artifact", eval_seq_len="Evaluation")
 
-# Variables of the submissions' scripts that change nothing here, each with the reason.
+# Variables of the submissions' scripts that change nothing here ("*": all that begin so).
 WITHOUT_EFFECT = {
-    "MUON_BETA2": "read by the submissions, used by none",
-    "DTG_ENABLED": "off in every submission", "GATED_ATTENTION": "off in every submission",
-    "NGRAM_ENT_THRESH": "read by #890, used nowhere", "COMPLEMENT_ALPHA": "0 in #1094",
-    "KG_LOSS_WEIGHT": "its code is absent from #1094",
+    "MUON_BETA2": "read by the submissions, used by none", "DTG_ENABLED": "off in every submission",
+    "GATED_ATTENTION": "off in every submission", "COMPLEMENT_ALPHA": "0 in #1094",
+    "NGRAM_ENT_THRESH": "read by #890, used nowhere", "DISTILL_*": "dead code in #806",
+    "KG_LOSS_WEIGHT": "its code is absent from #1094", "PAID_PREFIX_*": "dead code in #806",
     "CONTROL_TENSOR_NAME_PATTERNS": "tensors are classed by what they are, not by name patterns",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "as CONTROL_TENSOR_NAME_PATTERNS",
-}
-WITHOUT_EFFECT_PREFIXES = {
-    "TTT_": "training on validation text is no part of this system",
-    "DISTILL_": "dead code in #806", "PAID_PREFIX_": "dead code in #806",
-}
+    "TIE_EMBEDDINGS": "always tied, as in every submission", "EMBED_LR": "as TIE_EMBEDDINGS",
+    "TTT_*": "training on validation text is no part of this system"}
 
 def edit_distance(a: str, b: str) -> int:
     """Insertions, deletions, substitutions and swaps of neighbours that turn `a` into `b`."""
@@ -251,12 +250,11 @@ def edit_distance(a: str, b: str) -> int:
 
 def check_names(env: typing.Mapping[str, str], known: dict[str, str]) -> None:
     """RunError for a variable that is nearly a known name: a typing mistake."""
-    for name in env:
+    for name in env.keys() - known.keys() - WITHOUT_EFFECT.keys():
         most = 0 if len(name) < 8 else 1 if len(name) < 12 else 2
-        if most and name not in known and name not in WITHOUT_EFFECT:
-            for near in known:
-                if abs(len(near) - len(name)) <= most and edit_distance(name, near) <= most:
-                    raise RunError(f"unknown variable {name}: did you mean {near}?")
+        for near in known if most else ():
+            if abs(len(near) - len(name)) <= most and edit_distance(name, near) <= most:
+                raise RunError(f"unknown variable {name}: did you mean {near}?")
 
 def parse_value(name: str, text: str, kind: str, allowed):
     """The variable's value as its field's type; RunError names variable, value, what is allowed."""
@@ -269,9 +267,8 @@ def parse_value(name: str, text: str, kind: str, allowed):
         else:
             value = text if kind == "str" else item(text)
     except (ValueError, KeyError):
-        wanted = {"bool": "0 or 1", "int": "an integer", "float": "a number"}
-        raise RunError(f"{name}={text!r}: expected {wanted.get(kind, 'numbers with commas')}"
-                       ) from None
+        wanted = dict(bool="0 or 1", int="an integer", float="a number").get(kind, "numbers")
+        raise RunError(f"{name}={text!r}: expected {wanted}") from None
     if isinstance(allowed, list) and value not in allowed:
         raise RunError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
     if kind in ("int", "float") and not allowed[0] <= value <= allowed[1]:
@@ -285,37 +282,29 @@ def read_environment(env: typing.Mapping[str, str]) -> tuple[dict, list[str]]:
     known = {name.upper(): name for name in by_name} | ALIASES
     check_names(env, known)
     values, notes = {}, []
-    for name in sorted(known.keys() & env.keys()):
-        f = by_name[known[name]]
-        value = parse_value(name, env[name], f.type, f.metadata["allowed"])
-        if values.setdefault(f.name, value) != value:
-            raise RunError(f"{name}={env[name]}: another variable sets {f.name.upper()} to "
-                           f"{values[f.name]}; give one of them")
-        if name in ALIASES:
-            notes.append(f"variable {name} sets {f.name.upper()}")
     for name in sorted(env):
-        prefix = next((p for p in WITHOUT_EFFECT_PREFIXES if name.startswith(p)), None)
-        reason = WITHOUT_EFFECT.get(name) or WITHOUT_EFFECT_PREFIXES.get(prefix)
-        if reason:
-            notes.append(f"variable {name} has no effect: {reason}")
+        if name in known:
+            f = by_name[known[name]]
+            value = parse_value(name, env[name], f.type, f.metadata["allowed"])
+            if values.setdefault(f.name, value) != value:
+                raise RunError(f"{name}={value}: {f.name.upper()} is also set to {values[f.name]}")
+            notes += [f"variable {name} sets {f.name.upper()}"] if name in ALIASES else []
+        notes += [f"variable {name} has no effect: {reason}"
+                  for idle, reason in WITHOUT_EFFECT.items() if fnmatch.fnmatchcase(name, idle)]
     return values, notes
 
 def choose_scale(values: dict) -> tuple[str, str]:
     """(scale, reason): the requested one, or full where CUDA and shards are present."""
+    path = values.get("data_path", Config.data_path)
     if values.get("scale", "auto") != "auto":
         return values["scale"], "SCALE is set"
-    path = values.get("data_path", Config.data_path)
-    if not find_shards(path, "train"):
-        return "demo", f"no train shards at {path}"
-    if not torch.cuda.is_available():
-        return "demo", "no CUDA device"
+    if not find_shards(path, "train") or not torch.cuda.is_available():
+        return "demo", f"CUDA and train shards at {path} are not both present"
     return "full", f"CUDA and train shards at {path} are present"
 
 def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
-    """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults.
-
-    RunError for a near-miss name, a value that does not parse or is out of range, a contradiction.
-    """
+    """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults. RunError for a
+    near-miss name, a value that does not parse or is out of range, a contradiction."""
     values, notes = read_environment(env)
     name = values.get("recipe", Config.recipe)
     if name not in RECIPES:
@@ -327,8 +316,8 @@ def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
         heads = sizes["num_heads"]
         cfg = replace(cfg, **DEMO, num_kv_heads=heads * cfg.num_kv_heads // cfg.num_heads,
                       rope_dims=cfg.rope_dims * sizes["model_dim"] // heads // head_dim)
-    cfg = replace(cfg, **(values | dict(scale=scale)))
-    cfg = replace(cfg, run_id=cfg.run_id or f"{name}-{scale}-{cfg.seed}")
+    run_id = f"{name}-{scale}-{values.get('seed', cfg.seed)}"
+    cfg = replace(cfg, **(dict(run_id=run_id) | values | dict(scale=scale)))
     check_config(cfg)
     return cfg, [f"scale {scale}: {reason}", *notes]
 
@@ -338,13 +327,12 @@ def check_config(cfg: Config) -> None:
     checks = [
         (c.model_dim % c.num_heads, "MODEL_DIM", "divisible by NUM_HEADS", c.num_heads),
         (c.num_heads % c.num_kv_heads, "NUM_HEADS", "divisible by NUM_KV_HEADS", c.num_kv_heads),
-        (c.rope_dims % 2 or c.rope_dims > head_dim, "ROPE_DIMS", "even, at most head dims",
-         head_dim),
+        (c.rope_dims % 2 or c.rope_dims > head_dim, "ROPE_DIMS", "even, at most", head_dim),
         (c.eval_stride > c.eval_seq_len, "EVAL_STRIDE", "at most EVAL_SEQ_LEN", c.eval_seq_len),
-        (c.train_batch_tokens % c.train_seq_len, "TRAIN_BATCH_TOKENS",
-         "divisible by TRAIN_SEQ_LEN", c.train_seq_len),
-        (c.micro_batch_tokens % c.train_seq_len, "MICRO_BATCH_TOKENS",
-         "divisible by TRAIN_SEQ_LEN", c.train_seq_len),
+        (c.train_batch_tokens % c.train_seq_len, "TRAIN_BATCH_TOKENS", "divisible by TRAIN_SEQ_LEN",
+         c.train_seq_len),
+        (c.micro_batch_tokens % c.train_seq_len, "MICRO_BATCH_TOKENS", "divisible by TRAIN_SEQ_LEN",
+         c.train_seq_len),
         (c.xsa_last_n > c.num_layers, "XSA_LAST_N", "at most NUM_LAYERS", c.num_layers),
         (c.ve_enabled and not set(c.ve_layers) <= set(range(c.num_layers)), "VE_LAYERS",
          "layers from 0 to below NUM_LAYERS", c.num_layers),
@@ -359,8 +347,7 @@ def check_config(cfg: Config) -> None:
          "above 0 where MAX_WALLCLOCK_SECONDS is", 0),
         (c.ngram_buckets & (c.ngram_buckets - 1), "NGRAM_BUCKETS", "a power of", 2),
         (not c.ngram_primes, "NGRAM_PRIMES", "numbers; at least", 1),
-        ("/" in c.run_id, "RUN_ID", "without", "'/'"),
-    ]
+        ("/" in c.run_id, "RUN_ID", "without", "'/'")]
     for failed, name, rule, bound in checks:
         if failed:
             raise RunError(f"{name}={getattr(c, name.lower())}: must be {rule} {bound}")
@@ -380,12 +367,10 @@ def help_text() -> str:
     lines += ["", "Recipes: what differs from the defaults above"]
     lines += [" ".join([f"  RECIPE={name}:", *(f"{k.upper()}={v}" for k, v in recipe.items())])
               for name, recipe in RECIPES.items()]
-    idle = {**WITHOUT_EFFECT, **{f"{k}*": v for k, v in WITHOUT_EFFECT_PREFIXES.items()}}
-    return "\n".join([*lines, "", "Accepted without effect (logged)",
-                      *(f"  {k}: {v}" for k, v in idle.items())])
+    idle = [f"  {name}: {reason}" for name, reason in WITHOUT_EFFECT.items()]
+    return "\n".join([*lines, "", "Accepted without effect (logged)", *idle])
 
 # ---- Runtime: ranks, log, files ------------------------------------------------------------------
-
 FORMATS = dict(val_loss=".8f", val_bpb=".8f", train_loss=".4f", lr_scale=".3f", seconds=".1f",
                bpb=".4f", unigram_bpb=".4f", mass=".7g", max_mass=".7g", ngram_mass=".7g")
 
@@ -400,7 +385,6 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 class Run:
     """This process's place in the run: rank, device, log, and `record`, which becomes the JSON."""
-
     def __init__(self, cfg: Config):
         env, cuda = os.environ, cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
@@ -409,27 +393,23 @@ class Run:
         self.is_main, self.stage = self.rank == 0, "start"
         self.record: dict = collections.defaultdict(list)
         self.base, self.log_file = None, None
-        self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else (
-            torch.device("cpu"))
+        self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                    timeout=timedelta(seconds=cfg.dist_timeout_seconds))
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if self.world == 1 else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone,
+                                timeout=timedelta(seconds=cfg.dist_timeout_seconds))
         self.agree(lambda: self.open_log(cfg))
 
     def open_log(self, cfg: Config) -> None:
         """Take the first free run name and open its log; existing files stay as they are."""
         folder, name, n = Path(cfg.logs_path), cfg.run_id, 1
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            while any(folder.glob(glob.escape(name) + ".*")):
-                n += 1
-                name = f"{cfg.run_id}-{n}"
-            self.base = folder / name
-            self.log_file = open(f"{self.base}.txt", "x", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"LOGS_PATH={folder}: cannot write there: {error.strerror}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        while any(folder.glob(glob.escape(name) + ".*")):
+            n += 1
+            name = f"{cfg.run_id}-{n}"
+        self.base = folder / name
+        self.log_file = open(f"{self.base}.txt", "x", encoding="utf-8")
 
     def path(self, suffix: str) -> Path:
         """logs/<run_id><suffix>, on rank 0."""
@@ -449,37 +429,29 @@ class Run:
         self.log(" ".join([kind if prefix is None else prefix, *body]))
 
     def agree(self, work, everywhere: bool = False):
-        """Result of work() on rank 0, sent to all ranks, or every rank's own; a RunError on any
-        rank that works is raised on all."""
-        results = [[None, None] for _ in range(self.world)]
+        """Rank 0's work(), sent to all, or every rank's own; an error on one is raised on all."""
+        own, message, all_ranks = None, None, [None] * self.world
         if everywhere or self.is_main:
             try:
-                results[self.rank][0] = work()
-            except RunError as error:
-                results[self.rank][1] = str(error)
-        own, sent = results[self.rank][0], [None, results[self.rank][1]] if everywhere else (
-            results[self.rank])
-        if self.world > 1:
-            dist.all_gather_object(results, sent)
-        errors = [message for _, message in results if message]
-        if errors:
-            raise RunError(errors[0])
-        return own if everywhere else results[0][0]
+                own = work()
+            except (RunError, OSError) as error:
+                message = str(error)
+        dist.all_gather_object(all_ranks, (message, None if everywhere else own))
+        for error, _ in all_ranks:
+            if error:
+                raise RunError(error)
+        return own if everywhere else all_ranks[0][1]
 
     def slowest(self, *values: float) -> list[float]:
         """Each value's maximum over the ranks (float64, exchanged through the CPU)."""
         numbers = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
     def gather(self, part: Tensor, spans: list[tuple[int, int]]) -> Tensor | None:
         """Every rank's rows (span, ...) end to end, on rank 0's CPU; None on the others."""
-        part = part.cpu().contiguous()
-        if self.world == 1:
-            return part
-        padded = part.new_zeros((max(b - a for a, b in spans), *part.shape[1:]))
-        padded[: len(part)] = part
+        longest = max(b - a for a, b in spans)
+        padded = torch.cat([part.cpu(), part.new_zeros(longest - len(part), device="cpu")])
         parts = [torch.empty_like(padded) for _ in spans] if self.is_main else None
         dist.gather(padded, parts, dst=0)
         return torch.cat([p[: b - a] for p, (a, b) in zip(parts, spans)]) if parts else None
@@ -500,34 +472,24 @@ class Run:
         """Leave the process group and the log."""
         if self.log_file:
             self.log_file.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 # ---- Data: shards, tokenizer, bytes, text --------------------------------------------------------
-
-SHARD_MAGIC, SHARD_VERSION = 20240520, 1  # the challenge's shard format
-HEADER_INTS = 256
-BOS = 1
-SPACE = "\u2581"  # SentencePiece writes a space as this character
-FETCH = ("hf download willdepueoai/parameter-golf --repo-type dataset --include 'datasets/"
-         "fineweb10B_sp1024/*' 'tokenizers/fineweb_1024_bpe.*' --local-dir data "
-         "(then move its datasets/ and tokenizers/ folders to where DATA_PATH and TOKENIZER_PATH "
-         "point)")
-TEXT_RECIPE = "v1: BPE, byte fallback, identity normalization, dummy prefix"  # part of the hash
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the challenge's shard format
+BOS, SPACE = 1, "\u2581"  # SentencePiece writes a space as this character
+FETCH = ("hf download willdepueoai/parameter-golf --repo-type dataset --local-dir . --include "
+         "'datasets/*/fineweb10B_sp1024/*' 'datasets/tokenizers/*' (then point DATA_PATH and "
+         "TOKENIZER_PATH there)")
 TOKENIZER_TEXT_BYTES = 4_000_000  # more text changes the 1,024 pieces little and costs seconds
-VAL_SHARE = 0.1  # of a text corpus's bytes, in whole documents
-VAL_MOST_BYTES = 8_000_000
+TEXT_RECIPE = "v1: BPE, byte fallback, identity normalization, dummy prefix"  # part of the hash
+VAL_SHARE, VAL_MOST_BYTES = 0.1, 8_000_000  # of a text corpus, in whole documents
 
 def open_shard(path: str) -> np.memmap:
     """Tokens of a shard, memory-mapped uint16 (n,). RunError if its header or size lies."""
-    try:
-        header, size = np.fromfile(path, "<i4", HEADER_INTS), os.path.getsize(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    header, size = np.fromfile(path, "<i4", HEADER_INTS), os.path.getsize(path)
     magic, version, count = header[:3] if len(header) == HEADER_INTS else (0, 0, 0)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise RunError(f"{path}: no shard: magic {magic} version {version}, expected {SHARD_MAGIC} "
-                       f"and {SHARD_VERSION}")
+        raise RunError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version 1")
     expected = 4 * HEADER_INTS + 2 * int(count)
     if size != expected or count <= 0:
         raise RunError(f"{path}: {count} tokens need {expected} bytes, the file has {size}")
@@ -535,13 +497,12 @@ def open_shard(path: str) -> np.memmap:
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write tokens (n,) in the challenge's format."""
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    numbers = [SHARD_MAGIC, SHARD_VERSION, len(tokens)]
+    header = np.array(numbers + [0] * (HEADER_INTS - len(numbers)), "<i4")
     write_atomic(path, header.tobytes() + tokens.astype("<u2").tobytes())
 
 class TokenStream:
     """The shards' tokens end to end, read cyclically; a shard's tokens are checked on first use."""
-
     def __init__(self, paths: list[str], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
         self.shards = [open_shard(p) for p in paths]
@@ -567,12 +528,8 @@ class TokenStream:
         return np.concatenate(parts)
 
 class TrainLoader:
-    """Batches of the train stream; `position` (sequences drawn) is its whole state.
-
-    The stream's blocks of seq_len are visited with a stride coprime to their number, near the
-    golden section of it: every batch spans the whole corpus and no block repeats within an epoch.
-    """
-
+    """Batches of the train stream; `position` (sequences drawn) is its state. Blocks of seq_len are
+    visited with a stride coprime to their number, so a batch spans the whole corpus."""
     def __init__(self, stream: TokenStream, cfg: Config, run: Run):
         self.stream, self.run, self.position, self.seq_len = stream, run, 0, cfg.train_seq_len
         self.batch = cfg.train_batch_tokens // cfg.train_seq_len  # sequences a step, all ranks
@@ -593,42 +550,35 @@ class TrainLoader:
             tokens = tokens.pin_memory().to(self.run.device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
 
-@dataclass(frozen=True)
 class ByteTable:
-    """Per piece, what it adds to the text: (V,) tensors.
-
-    base: int64, its UTF-8 bytes without a leading space sign. space: bool, it has one, worth a byte
-    unless the previous token is a boundary. boundary: bool, control, unknown or unused piece.
-    """
-    base: Tensor
-    space: Tensor
-    boundary: Tensor
+    """Per piece of a SentencePiece vocabulary, what it adds to the text: (V,) tensors. base: its
+    UTF-8 bytes without a leading space sign, other space signs being a byte each. space: it has
+    one, worth a byte unless the token before is a boundary: a control, unknown or unused piece."""
+    def __init__(self, tokenizer):
+        t, ids = tokenizer, range(tokenizer.get_piece_size())
+        boundary = [t.is_control(i) or t.is_unknown(i) or t.is_unused(i) for i in ids]
+        space = [t.id_to_piece(i).startswith(SPACE) and not boundary[i] for i in ids]
+        base = [0 if boundary[i] else 1 if t.is_byte(i) else
+                len(t.id_to_piece(i).removeprefix(SPACE).replace(SPACE, " ").encode()) for i in ids]
+        self.base, self.space, self.boundary = map(torch.tensor, (base, space, boundary))
 
     def target_bytes(self, tokens: Tensor) -> Tensor:
         """Bytes (N,) int64 of the targets tokens[1:] of a stream (N+1,)."""
         before, target = tokens[:-1].long(), tokens[1:].long()
         return self.base[target] + (self.space[target] & ~self.boundary[before])
 
-@dataclass(frozen=True)
-class Data:
-    """What a run reads: tokenizer, byte table, train stream (None without training), validation
-    stream (N+1,) int64, and `corpus`, a dictionary for the log."""
-    tokenizer: typing.Any
-    table: ByteTable
-    train: TokenStream | None
-    val: Tensor
-    corpus: dict
+# What a run reads: SentencePiece processor, ByteTable, train TokenStream (None without training),
+# validation stream (N+1,) int64, and `corpus`, a dictionary for the log.
+Data = collections.namedtuple("Data", "tokenizer table train val corpus")
 
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece processor at `path`; RunError if missing, foreign or of another size."""
-    import sentencepiece
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
         size = tokenizer.get_piece_size()
-    except OSError as error:
-        raise RunError(f"TOKENIZER_PATH={path}: {error.strerror}") from None
-    except (RuntimeError, ValueError, TypeError):
-        raise RunError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or "not a SentencePiece model"
+        raise RunError(f"TOKENIZER_PATH={path}: {reason}") from None
     if size != vocab_size:
         raise RunError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE is {vocab_size}")
     return tokenizer
@@ -639,25 +589,13 @@ def vocabulary_hash(tokenizer) -> str:
     return hashlib.sha256(repr([(t.id_to_piece(i), t.is_control(i), t.is_unknown(i), t.is_byte(i))
                                 for i in range(size)]).encode()).hexdigest()
 
-def byte_table(tokenizer) -> ByteTable:
-    """The ByteTable of a SentencePiece vocabulary. Space signs inside a piece are one byte each."""
-    t, ids = tokenizer, range(tokenizer.get_piece_size())
-    boundary = [t.is_control(i) or t.is_unknown(i) or t.is_unused(i) for i in ids]
-    space = [t.id_to_piece(i).startswith(SPACE) and not boundary[i] for i in ids]
-    base = [0 if boundary[i] else 1 if t.is_byte(i) else
-            len(t.id_to_piece(i).removeprefix(SPACE).replace(SPACE, " ").encode()) for i in ids]
-    return ByteTable(*(torch.tensor(column) for column in (base, space, boundary)))
-
 def python_documents() -> list[tuple[str, str]]:
     """(name, text) of the text that comes with Python: topics, docstrings of built-in modules,
     sources of the standard library (without tests, tools and character tables)."""
-    import importlib
     import sysconfig
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        topics = {}  # minimal installations leave pydoc out
-    documents = sorted(topics.items())
+    documents = []
+    with contextlib.suppress(ImportError):  # minimal installations leave pydoc out
+        documents += sorted(importlib.import_module("pydoc_data.topics").topics.items())
     for name in sorted(set(sys.builtin_module_names) - {"__main__"}):
         docs = {getattr(m, "__doc__", 0) for m in vars(importlib.import_module(name)).values()}
         documents.append((name, "\n\n".join(sorted(d for d in docs if isinstance(d, str)))))
@@ -670,12 +608,11 @@ def python_documents() -> list[tuple[str, str]]:
     return [(name, text) for name, text in documents if text and SPACE not in text]
 
 def user_documents(patterns: str) -> list[tuple[str, str]]:
-    """(name, text) of the files that the globs name; RunError if there are none or one is unfit."""
+    """(name, text) of the globs' files; RunError if there are none or one is unfit."""
     paths = {p for pattern in patterns.split(":") if pattern
              for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)}
     if not paths:
-        raise RunError(f"TEXT_FILES={patterns!r} matches no file; give globs of UTF-8 text, "
-                       "separated by ':'")
+        raise RunError(f"TEXT_FILES={patterns!r} matches no file; give globs separated by ':'")
     documents = []
     for path in sorted(paths):
         try:
@@ -683,8 +620,7 @@ def user_documents(patterns: str) -> list[tuple[str, str]]:
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{path}: cannot be read as UTF-8 text: {error}") from None
         if SPACE in documents[-1][1]:
-            raise RunError(f"{path}: contains the character U+2581, which SentencePiece uses for "
-                           "the space; replace it or leave the file out")
+            raise RunError(f"{path}: has the character U+2581, SentencePiece's space: replace it")
     return [(name, text) for name, text in documents if text]
 
 def cut_documents(documents: list[tuple[str, str]], least: int = 20) -> list[tuple[str, str]]:
@@ -700,10 +636,8 @@ def cut_documents(documents: list[tuple[str, str]], least: int = 20) -> list[tup
     return parts
 
 def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int) -> bytes:
-    """A BPE model with the challenge's options (byte fallback, BOS 1, dummy prefix) and identity
-    normalization, so that decode(encode(s)) == s for every s without U+2581. The serialized model.
-    """
-    import sentencepiece
+    """A serialized BPE model with the challenge's options and identity normalization:
+    decode(encode(s)) == s for every s without U+2581."""
     every = max(1, sum(len(text) for _, text in documents) // TOKENIZER_TEXT_BYTES)
     lines = [line for _, text in documents for line in text.splitlines() if line.strip()][::every]
     model = io.BytesIO()
@@ -721,22 +655,19 @@ def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int) -> bytes:
 
 def encode_documents(tokenizer, documents: list[tuple[str, str]], table: ByteTable) -> np.ndarray:
     """Tokens (uint16) of the documents, each after a BOS; every document's bytes must balance."""
-    from tqdm import tqdm
     encoded = []
     for name, text in tqdm(documents, desc="tokenizing", unit="doc", disable=None):
-        tokens = np.array([BOS, *tokenizer.encode(text)], np.uint16)
-        counted = int(table.target_bytes(torch.from_numpy(tokens.astype(np.int64))).sum())
-        if counted != len(text.encode()):
-            raise RunError(f"{name}: its tokens stand for {counted} bytes, its text has "
-                           f"{len(text.encode())}")
-        encoded.append(tokens)
+        encoded.append(np.array([BOS, *tokenizer.encode(text)]))
+        counted = int(table.target_bytes(torch.from_numpy(encoded[-1])).sum())
+        if counted != (size := len(text.encode())):
+            raise RunError(f"{name}: its tokens stand for {counted} bytes, its text has {size}")
     return np.concatenate(encoded)
 
 def split_documents(documents: list[tuple[str, str]]) -> tuple[list, list]:
     """(train, validation) documents in an order drawn by their hash; whole documents only."""
     shuffled = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest())
-    wanted = min(VAL_SHARE * sum(len(text) for _, text in documents), VAL_MOST_BYTES)
     sizes = np.cumsum([len(text) for _, text in shuffled])
+    wanted = min(VAL_SHARE * sizes[-1], VAL_MOST_BYTES) if documents else 0
     count = min(int(np.searchsorted(sizes, wanted)) + 1, len(shuffled) - 1)
     if count < 1:
         raise RunError("the text has one document that cannot be split: give more text")
@@ -747,24 +678,20 @@ def prepare_text(cfg: Config, run: Run) -> Path:
     started = time.perf_counter()
     documents = cut_documents(
         user_documents(cfg.text_files) if cfg.text_files else python_documents())
-    digest = hashlib.sha256(f"{TEXT_RECIPE} {cfg.vocab_size}".encode())
-    for name, text in documents:
-        digest.update(hashlib.sha256(f"{name}\0{text}".encode()).digest())
-    folder = Path(cfg.prepared_path) / f"text_{digest.hexdigest()[:16]}"
+    digest = hashlib.sha256(repr((TEXT_RECIPE, cfg.vocab_size, documents)).encode()).hexdigest()
+    folder = Path(cfg.prepared_path) / f"text_{digest[:16]}"
     if (folder / "corpus.json").exists():
         return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"PREPARED_PATH={cfg.prepared_path}: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     train, val = split_documents(documents)
-    write_atomic(folder / "tokenizer.model", train_tokenizer(train, cfg.vocab_size))
-    tokenizer = load_tokenizer(str(folder / "tokenizer.model"), cfg.vocab_size)
-    table = byte_table(tokenizer)
+    model = folder / "tokenizer.model"
+    write_atomic(model, train_tokenizer(train, cfg.vocab_size))
+    tokenizer = load_tokenizer(str(model), cfg.vocab_size)
     for split, part in (("train", train), ("val", val)):
-        write_shard(folder / f"text_{split}_000000.bin", encode_documents(tokenizer, part, table))
-    corpus = dict(source=cfg.text_files or "python", sha256=digest.hexdigest(),
-                  documents=len(documents), text_bytes=sum(len(t.encode()) for _, t in documents))
+        write_shard(folder / f"text_{split}_000000.bin",
+                    encode_documents(tokenizer, part, ByteTable(tokenizer)))
+    corpus = dict(source=cfg.text_files or "python", sha256=digest, documents=len(documents),
+                  text_bytes=sum(len(t.encode()) for _, t in documents))
     write_atomic(folder / "corpus.json", json.dumps(corpus, indent=1).encode())
     run.log(f"prepared {len(documents)} documents in {folder} "
             f"({time.perf_counter() - started:.1f} s)")
@@ -775,7 +702,7 @@ def find_shards(folder: str, split: str) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin")))
 
 def load_data(cfg: Config, run: Run) -> Data:
-    """Find or make the corpus, check it, and read the validation stream."""
+    """Find or make the corpus, check it, and read the validation stream, cut to VAL_TOKENS."""
     folder, model, corpus = cfg.data_path, cfg.tokenizer_path, dict(source=cfg.data_path)
     nothing_given = folder == Config.data_path and not find_shards(folder, "val")
     if cfg.text_files or (cfg.scale == "demo" and nothing_given):
@@ -792,43 +719,28 @@ def load_data(cfg: Config, run: Run) -> Data:
     if train and len(train) <= cfg.train_batch_tokens:
         raise RunError(f"{folder}: {len(train)} training tokens, a step needs "
                        f"{cfg.train_batch_tokens + 1}; lower TRAIN_BATCH_TOKENS or give more text")
-    val = load_validation(paths["val"], cfg)
-    corpus |= dict(tokenizer=model, vocabulary_sha256=vocabulary_hash(tokenizer),
-                   train_tokens=len(train) if train else 0, val_targets=len(val) - 1)
-    return Data(tokenizer, byte_table(tokenizer), train, val, corpus)
-
-def load_validation(paths: list[str], cfg: Config) -> Tensor:
-    """The validation stream (N+1,) int64, cut to VAL_TOKENS targets and to whole windows."""
-    stream = TokenStream(paths, cfg.vocab_size)
-    targets = min(len(stream) - 1, cfg.val_tokens or len(stream))
-    usable = targets // cfg.eval_seq_len * cfg.eval_seq_len
+    val = TokenStream(paths["val"], cfg.vocab_size)
+    targets = min(len(val) - 1, cfg.val_tokens or len(val))
+    usable = targets // cfg.eval_seq_len * cfg.eval_seq_len  # the challenge scores whole windows
     if not usable:
-        raise RunError(f"{paths[0]}: {targets} validation targets, a window needs EVAL_SEQ_LEN="
+        raise RunError(f"{folder}: {targets} validation targets, a window needs EVAL_SEQ_LEN="
                        f"{cfg.eval_seq_len}; give more text or lower EVAL_SEQ_LEN")
-    return torch.from_numpy(stream.read(0, usable + 1))
+    corpus |= dict(tokenizer=model, vocabulary_sha256=vocabulary_hash(tokenizer),
+                   train_tokens=len(train) if train else 0, val_targets=usable)
+    return Data(tokenizer, ByteTable(tokenizer), train, torch.from_numpy(val.read(0, usable + 1)),
+                corpus)
 
 # ---- Model ---------------------------------------------------------------------------------------
-
 # Weight matrices in banks (matrices, rows, columns): Muon works on them whole.
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "bigram_proj", "value_proj")
-EMBEDDINGS = ("tok_emb", "lm_head", "bigram_emb", "value_emb")
+EMBEDDINGS = ("tok_emb", "bigram_emb", "value_emb")
 TRAINING_ONLY = ("mtp_heads",)
 ROPE_TRAINED_LEN = 1024  # windows up to this long use ROPE_BASE as it is (the submissions' rule)
 BIGRAM_PRIMES = 36313, 27191  # of the submissions' bigram hash
 
-def flash_attention(name: str):
-    """The causal attention function of an installed FlashAttention, or None."""
-    module = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}[name]
-    try:
-        return __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
-    except (ImportError, AttributeError):
-        return None
-
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """PyTorch's attention with FlashAttention's signature: q (B,Tq,H,D), k and v (B,T,Hkv,D).
-
-    The queries are the last Tq positions of the keys' T.
-    """
+    """PyTorch's attention with FlashAttention's signature: q (B,Tq,H,D), k and v (B,T,Hkv,D). The
+    queries are the last Tq positions of the keys' T."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask, grouped = None, q.size(1) != k.size(1)
     if q.size(2) != k.size(2):  # is_causal would align the first query with the first key
@@ -839,26 +751,21 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tens
 
 def choose_attention(cfg: Config, device: torch.device):
     """(name, function) of the best attention back end present: FlashAttention 3 (Hopper), 2, SDPA.
-
-    Raises RunError if the one that ATTENTION asks for is not there.
-    """
-    for name in ("flash3", "flash2"):
-        if cfg.attention not in ("auto", name) or device.type != "cuda":
-            continue
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        function = flash_attention(name) if name == "flash2" or hopper else None
-        if function:
-            return name, function
+    RunError if the one that ATTENTION asks for is not there."""
+    for name, module in (("flash3", "flash_attn_interface"), ("flash2", "flash_attn")):
+        if cfg.attention in ("auto", name) and device.type == "cuda" and (
+                name == "flash2" or torch.cuda.get_device_capability(device)[0] == 9):
+            with contextlib.suppress(ImportError):
+                return name, importlib.import_module(module).flash_attn_func
     if cfg.attention not in ("auto", "sdpa"):
         raise RunError(f"ATTENTION={cfg.attention}: not installed or not for this device; use auto")
-    if device.type == "cuda":
-        from torch.nn.attention import SDPBackend as B
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        # cuDNN is up to twice as fast as PyTorch's FlashAttention 2 on Hopper; it comes first.
-        torch._C._set_sdp_priority_order([int(b) for b in (
-            B.CUDNN_ATTENTION, B.FLASH_ATTENTION, B.EFFICIENT_ATTENTION, B.MATH)])
-        return "sdpa (cuDNN, flash)", sdpa_attention
-    return "sdpa", sdpa_attention
+    if device.type != "cuda":
+        return "sdpa", sdpa_attention
+    from torch.nn.attention import SDPBackend as B
+    torch.backends.cuda.enable_cudnn_sdp(True)  # up to twice FlashAttention 2's speed on Hopper
+    torch._C._set_sdp_priority_order([int(b) for b in (
+        B.CUDNN_ATTENTION, B.FLASH_ATTENTION, B.EFFICIENT_ATTENTION, B.MATH)])
+    return "sdpa(cuDNN,flash)", sdpa_attention
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dim without weights."""
@@ -879,13 +786,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 class GPT(nn.Module):
-    """GPT with U-Net skips; the submissions' common trunk (DESIGN: embeddings, bigram hash, smear
-    gate, value embedding and residual, partial RoPE, XSA, leaky_relu² MLP, tied softcapped head).
-
-    Parameters are float32 master copies; `forward` computes in `compute_dtype`. Per-layer vectors
-    are stacked, so that a layer's options are data, not branches.
-    """
-
+    """GPT with U-Net skips, the submissions' common trunk. Parameters are float32, computation in
+    `compute_dtype`. Per-layer vectors are stacked: a layer's options are data, not branches."""
     def __init__(self, cfg: Config, attention, compute_dtype=torch.float32):
         super().__init__()
         self.cfg, self.attention, self.compute_dtype = cfg, attention, compute_dtype
@@ -893,47 +795,35 @@ class GPT(nn.Module):
         kv_dim, hidden = C // cfg.num_heads * cfg.num_kv_heads, round(cfg.mlp_mult * C)
         new = lambda *shape, value=0.0: nn.Parameter(torch.full(shape, value))  # noqa: E731
         self.tok_emb = new(V, C)
-        if not cfg.tie_embeddings:
-            self.lm_head = new(V, C)
         if cfg.bigram_vocab_size:
             self.bigram_emb = new(cfg.bigram_vocab_size, cfg.bigram_dim)
             self.bigram_proj = new(1, C, cfg.bigram_dim)
             self.bigram_scale = new(1, value=0.05)
         self.value_layers = {n: i for i, n in enumerate(cfg.ve_layers)} if cfg.ve_enabled else {}
         if self.value_layers:
-            self.value_emb = new(V, cfg.ve_dim)
-            self.value_proj = new(1, kv_dim, cfg.ve_dim)
+            self.value_emb, self.value_proj = new(V, cfg.ve_dim), new(1, kv_dim, cfg.ve_dim)
             self.value_scale = new(1, value=0.1)
             self.value_layer_scale = new(len(self.value_layers), value=1.0)
-        if cfg.value_residual:
-            self.value_gate = new(L - 1, value=-1.5)
-        self.smear_gate = new(C)
-        self.skip_weights = new(L // 2, C, value=1.0)
+        self.value_gate = new(L - 1, value=-1.5) if cfg.value_residual else None
+        self.smear_gate, self.skip_weights = new(C), new(L // 2, C, value=1.0)
         self.attn_scale, self.mlp_scale = new(L, C, value=1.0), new(L, C, value=1.0)
-        self.resid_mix = new(L, 2, C)
-        self.q_gain = new(L, cfg.num_heads, value=cfg.qk_gain_init)
+        self.resid_mix, self.q_gain = new(L, 2, C), new(L, cfg.num_heads, value=cfg.qk_gain_init)
         self.qo_bank = new(2 * L, C, C)  # queries of layer i at i, output of layer i at L + i
         self.kv_bank = new(2 * L, kv_dim, C)  # keys at i, values at L + i
         self.mlp_up_bank, self.mlp_down_bank = new(L, hidden, C), new(L, C, hidden)
-        if cfg.mtp_num_heads:
-            self.mtp_heads = new(cfg.mtp_num_heads, V, C)
+        self.mtp_heads = new(cfg.mtp_num_heads, V, C) if cfg.mtp_num_heads else None
 
     @torch.no_grad()
     def initialize(self, seed: int) -> GPT:
-        """Orthogonal matrices, zero output projections, small embeddings; the same on any device.
-
-        The bigram table starts at zero and its projection does not: with both at zero neither would
-        ever get a gradient.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        L = self.cfg.num_layers
+        """Orthogonal matrices, zero output projections, small embeddings. The bigram table is zero,
+        its projection is not: with both at zero neither would ever get a gradient."""
+        generator, L = torch.Generator().manual_seed(seed), self.cfg.num_layers
         stds = dict(tok_emb=self.cfg.tied_embed_init_std, value_emb=0.01)
         for name, p in self.named_parameters():
             if name in stds:
                 p.copy_(torch.empty(p.shape).normal_(0.0, stds[name], generator=generator))
             elif name in BANKS and name != "mlp_down_bank":
-                zero = range(L, 2 * L) if name == "qo_bank" else ()
-                for i in set(range(len(p))) - set(zero):
+                for i in range(L if name == "qo_bank" else len(p)):
                     p[i] = nn.init.orthogonal_(torch.empty(p[i].shape), generator=generator)
         self.resid_mix[:, 0] = 1.0
         return self
@@ -956,28 +846,23 @@ class GPT(nn.Module):
             bigram = F.linear(F.embedding(index, w["bigram_emb"]), w["bigram_proj"][0])
             x = x + w["bigram_scale"] * bigram
         x = norm(x)
-        gate = w["smear_gate"].sigmoid()
-        return torch.lerp(x, F.pad(x, (0, 0, 1, -1)), gate)
+        return torch.lerp(x, F.pad(x, (0, 0, 1, -1)), w["smear_gate"].sigmoid())
 
     def trunk(self, w: dict[str, Tensor], tokens: Tensor, last: int) -> Tensor:
-        """Normed final states (B,last,C) of the last positions of tokens (B,T).
-
-        The only walk over the blocks. In the last block only keys and values see all T positions.
-        """
+        """Normed final states (B,last,C) of the last positions of tokens (B,T). The only walk over
+        the blocks. In the last block only keys and values see all T positions."""
         cfg, T = self.cfg, tokens.size(1)
         x = x0 = self.embed(w, tokens)
         tables = rope_tables(T, cfg.rope_base, cfg.rope_dims, tokens.device)
         value_embedding, first_values, skips = None, None, []
         if self.value_layers:
-            ve = F.linear(F.embedding(tokens, w["value_emb"]), w["value_proj"][0])
-            value_embedding = ve * w["value_scale"]
-        per_layer = {n: w[n].unbind(0) for n in ("resid_mix", "skip_weights")}
+            value_embedding = w["value_scale"] * F.linear(F.embedding(tokens, w["value_emb"]),
+                                                          w["value_proj"][0])
         half = cfg.num_layers // 2
         for i in range(cfg.num_layers):
             if skips and i >= half:  # with an odd number of blocks the last one has no skip
-                x = x + per_layer["skip_weights"][i - half] * skips.pop()
-            mix = per_layer["resid_mix"][i]
-            x = mix[0] * x + mix[1] * x0
+                x = x + w["skip_weights"][i - half] * skips.pop()
+            x = w["resid_mix"][i, 0] * x + w["resid_mix"][i, 1] * x0
             y, values = self.attend(w, i, x, tables, value_embedding, first_values,
                                     last if i == cfg.num_layers - 1 else T)
             first_values = values if first_values is None else first_values
@@ -985,8 +870,7 @@ class GPT(nn.Module):
             hidden = F.linear(norm(x) * self.ln_scale(i), w["mlp_up_bank"][i])
             hidden = F.leaky_relu(hidden, cfg.relu_slope).square()
             x = x + w["mlp_scale"][i] * F.linear(hidden, w["mlp_down_bank"][i])
-            if i < half:
-                skips.append(x)
+            skips += [x] if i < half else []
         return norm(x)
 
     def ln_scale(self, layer: int) -> float:
@@ -1021,14 +905,13 @@ class GPT(nn.Module):
         """Logits (B,last,V) float32 of the last positions (default: all) of tokens (B,T) int64."""
         w = self.weights(False)
         x = self.trunk(w, tokens, last or tokens.size(1))
-        return self.softcap(F.linear(x, w.get("lm_head", w["tok_emb"])))
+        return self.softcap(F.linear(x, w["tok_emb"]))
 
     def forward(self, tokens: Tensor, targets: Tensor, qat: bool = False) -> tuple[Tensor, Tensor]:
         """(loss to minimize, cross-entropy in nats per token) for tokens and targets (B,T)."""
         w = self.weights(qat)
         x = self.trunk(w, tokens, tokens.size(1))
-        head = w.get("lm_head", w["tok_emb"])
-        loss = main = self.cross_entropy(x, head, targets)
+        loss = main = self.cross_entropy(x, w["tok_emb"], targets)
         if "mtp_heads" in w:  # head k predicts the token k + 2 places after its position
             extra = [self.cross_entropy(x[:, :-k - 1], w["mtp_heads"][k], targets[:, k + 1:])
                      for k in range(self.cfg.mtp_num_heads)]
@@ -1047,7 +930,6 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
 # ---- Optimizers ----------------------------------------------------------------------------------
-
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Muon's quintic coefficients (Keller Jordan, 2024)
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
@@ -1062,13 +944,9 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 class BankShard:
-    """The run of a bank's matrices that this rank updates: gradient, momentum and new values.
-
-    Ranks own equal runs; a bank is padded with zero matrices up to a multiple of the world size.
-    """
-
+    """The matrices of a bank that this rank updates: an equal run for each rank, zero-padded."""
     def __init__(self, bank: nn.Parameter, run: Run):
-        self.bank, self.run, self.work = bank, run, None
+        self.bank, self.run = bank, run
         size = -(-len(bank) // run.world)
         self.full = torch.zeros(size * run.world, *bank.shape[1:], device=bank.device)
         self.grad, self.momentum, self.shard = torch.zeros(3, *self.full[:size].shape,
@@ -1077,15 +955,7 @@ class BankShard:
     def reduce(self) -> None:
         """Start averaging the gradient over ranks into `grad` (reduce-scatter)."""
         self.full[: len(self.bank)] = self.bank.grad
-        if self.run.world == 1:
-            self.grad.copy_(self.full)
-        else:
-            self.work = dist.reduce_scatter_tensor(self.grad, self.full, dist.ReduceOp.AVG,
-                                                   async_op=True)
-
-    def wait(self) -> None:
-        """Wait for the collective under way."""
-        self.work = self.work and self.work.wait() and None
+        self.work = reduce_scatter(self.grad, self.full, dist.ReduceOp.AVG, async_op=True)
 
     def update(self, cfg: Config, lr: float, momentum: float) -> None:
         """Muon on the shard, then start sending it to every rank (all-gather)."""
@@ -1096,16 +966,11 @@ class BankShard:
         self.shard.copy_(self.full.view(self.run.world, *self.shard.shape)[self.run.rank])
         scale = max(1, direction.size(-2) / direction.size(-1)) ** 0.5
         self.shard.mul_(1 - lr * cfg.muon_wd).add_(direction, alpha=-lr * scale)
-        if self.run.world == 1:
-            self.full.copy_(self.shard)
-        else:
-            self.work = dist.all_gather_into_tensor(self.full, self.shard, async_op=True)
+        self.work = all_gather(self.full, self.shard, async_op=True)
 
 def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[dict]]:
     """(banks for Muon, largest first; groups for AdamW); every parameter in one (asserted)."""
-    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
-    lrs = dict(tok_emb=embed_lr, bigram_emb=cfg.tied_embed_lr, value_emb=cfg.tied_embed_lr,
-               lm_head=cfg.head_lr, mtp_heads=cfg.head_lr)
+    lrs = dict.fromkeys(EMBEDDINGS, cfg.tied_embed_lr) | dict(mtp_heads=cfg.head_lr)
     banks, by_lr = [], collections.defaultdict(list)
     for name, p in model.named_parameters():
         (banks if name in BANKS else by_lr[lrs.get(name, cfg.scalar_lr)]).append(p)
@@ -1116,7 +981,6 @@ def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[
 
 class Optimizer:
     """Muon on banks, sharded over ranks, and AdamW on the rest; data parallel without DDP."""
-
     def __init__(self, model: GPT, cfg: Config, run: Run):
         self.cfg, self.run = cfg, run
         banks, groups = parameter_groups(model, cfg)
@@ -1130,18 +994,16 @@ class Optimizer:
         for bank in self.banks:
             bank.reduce()
         grads = [p.grad for p in self.small]
-        if self.run.world > 1:
-            flat = torch.cat([g.flatten() for g in grads])  # one all-reduce for all small ones
-            dist.all_reduce(flat, dist.ReduceOp.AVG)
-            parts = flat.split([g.numel() for g in grads])
-            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+        flat = torch.cat([g.flatten() for g in grads])  # one all-reduce for all small ones
+        dist.all_reduce(flat, dist.ReduceOp.AVG)
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
         for bank in self.banks:
-            bank.wait()
+            bank.work.wait()
         shards = [bank.grad for bank in self.banks]
         parts = shards + grads if self.run.is_main else shards  # each element counted once
         square = torch.stack(torch._foreach_norm(parts)).square().sum()
-        if self.run.world > 1:
-            dist.all_reduce(square)
+        dist.all_reduce(square)
         return square.sqrt()
 
     def step(self, lr_scale: float, momentum: float) -> None:
@@ -1156,24 +1018,18 @@ class Optimizer:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
         for bank in self.banks:
-            bank.wait()
+            bank.work.wait()
             bank.bank.data.copy_(bank.full[: len(bank.bank)])
         for p in [b.bank for b in self.banks] + self.small:
             p.grad = None
 
 # ---- Training ------------------------------------------------------------------------------------
-
 MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's step
 DEFAULT_HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 class WeightAverage:
-    """Running average of the weights, which is what is exported: EMA and SWA by one mechanism.
-
-    mass <- decay*mass + 1; average += (weights - average)/mass. Decay 1 gives the mean of the
-    samples (SWA); below 1 it is a bias-corrected exponential average (EMA), so that a short run
-    exports trained weights and not its initialization.
-    """
-
+    """Average of the weights, which is exported: mass <- decay*mass + 1; average += (weights -
+    average)/mass. Decay 1 is the mean of the samples (SWA), below 1 a bias-corrected EMA."""
     def __init__(self, model: GPT, cfg: Config):
         self.cfg, self.mass, self.samples = cfg, 0.0, 0
         self.params = [p.data for p in model.parameters()]
@@ -1192,17 +1048,9 @@ class WeightAverage:
             self.samples += 1
             torch._foreach_lerp_(self.average, self.params, 1 / self.mass)
 
-    def apply(self) -> None:
-        """Replace the weights by their average, if any was taken."""
-        if self.samples:
-            torch._foreach_copy_(self.params, self.average)
-
 class Trainer:
-    """Training under a wall-clock cap. The clock counts steps only, not validation or logging.
-
-    SIGTERM or Ctrl-C finishes the step and goes on to export; a second one exits.
-    """
-
+    """Training under a wall-clock cap; the clock counts steps only, not validation or logging.
+    SIGTERM or Ctrl-C finishes the step and goes on to export; a second one exits."""
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.model, self.data, self.cfg, self.run = model, data, cfg, run
         self.loader, self.forward = TrainLoader(data.train, cfg, run), compiled(model, cfg, run)
@@ -1245,7 +1093,8 @@ class Trainer:
         """Compile and run steps, with and without QAT if both will come, then put back weights and
         data position; the optimizer of these steps is thrown away."""
         started, saved = self.run.sync(), [p.detach().clone() for p in self.model.parameters()]
-        kinds, optimizer = sorted({self.qat(0.0), self.qat(1.0)}), self.new_optimizer()
+        kinds = sorted({self.qat(0.0), self.qat(1.0)})
+        optimizer = Optimizer(self.model, self.cfg, self.run)
         for step in range(self.cfg.warmup_steps):
             self.gradients(kinds[step % len(kinds)])
             optimizer.step(1.0, self.cfg.muon_momentum)
@@ -1253,10 +1102,6 @@ class Trainer:
             torch._foreach_copy_(list(self.model.parameters()), saved)
         self.loader.position = 0
         self.run.row("warmup", steps=self.cfg.warmup_steps, seconds=self.run.sync() - started)
-
-    def new_optimizer(self) -> Optimizer:
-        """An optimizer without history."""
-        return Optimizer(self.model, self.cfg, self.run)
 
     def request_stop(self, number: int, _frame) -> None:
         """Signal handler: stop after this step; the next signal acts as it does by default."""
@@ -1278,7 +1123,8 @@ class Trainer:
         self.warm_up()
         for number in DEFAULT_HANDLERS:
             signal.signal(number, self.request_stop)
-        average, optimizer = WeightAverage(self.model, self.cfg), self.new_optimizer()
+        average = WeightAverage(self.model, self.cfg)
+        optimizer = Optimizer(self.model, self.cfg, self.run)
         while self.may_continue():
             before, started = self.progress(), self.run.sync()
             loss = self.gradients(self.qat(before))
@@ -1287,46 +1133,40 @@ class Trainer:
             average.update(before, self.progress(), self.lr_scale(before))
             self.recent.append(self.run.sync() - started)
             self.elapsed += self.recent[-1]
-            self.check_loss(loss.item())
-            self.report(before)
+            self.report(before, loss.item())
         for number, handler in DEFAULT_HANDLERS.items():
             signal.signal(number, handler)
-        average.apply()
+        if average.samples:
+            torch._foreach_copy_(average.params, average.average)
         self.run.row("trained", steps=self.steps, train_seconds=round(self.elapsed, 3),
                      tokens=self.steps * self.cfg.train_batch_tokens, samples=average.samples,
                      averaged=self.cfg.averaging if average.samples else "none",
                      peak_memory_bytes=self.run.peak_memory_bytes())
 
-    def check_loss(self, loss: float) -> None:
-        """RunError on every rank if the loss is NaN or infinite on one."""
+    def report(self, before: float, loss: float) -> None:
+        """Log and validate where due since progress `before`; RunError for a loss that is NaN."""
         if self.run.slowest(float(not math.isfinite(loss)))[0]:
             raise RunError(f"step {self.steps}: the loss is not finite (last finite loss "
-                           f"{self.last_loss:.4f}); lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR, "
-                           "or GRAD_CLIP_NORM")
+                           f"{self.last_loss:.4f}); lower MATRIX_LR, SCALAR_LR or GRAD_CLIP_NORM")
         self.last_loss = loss
-
-    def report(self, before: float) -> None:
-        """The step's log line and validation, where due since progress `before`."""
         def due(every: int) -> bool:
             marks = [x * self.cfg.schedule_steps // (every or 1) for x in (before, self.progress())]
             return bool(every) and marks[0] != marks[1]
-
         if due(self.cfg.train_log_every) or self.steps == 1:
-            tokens = self.cfg.train_batch_tokens * self.steps
+            average, tokens = self.elapsed / self.steps, self.cfg.train_batch_tokens
             self.log_step("train", train_loss=self.last_loss, lr_scale=self.lr_scale(before),
-                          train_time=f"{1000 * self.elapsed:.0f}ms",
-                          step_avg=f"{1000 * self.elapsed / self.steps:.2f}ms",
-                          qat=int(self.qat(before)), tokens_per_second=round(tokens / self.elapsed))
+                          qat=int(self.qat(before)), step_avg=f"{1000 * average:.2f}ms",
+                          tokens_per_second=round(tokens / average))
         if due(self.cfg.val_loss_every):
             self.validate()
 
     def validate(self) -> None:
         """Validation loss of the present weights on windows that do not overlap."""
-        score = neural_score(self.model, self.data, self.cfg, self.run)
-        self.log_step("validation", **score, train_time=f"{1000 * self.elapsed:.0f}ms")
+        self.log_step("validation", **neural_score(self.model, self.data, self.cfg, self.run))
 
     def log_step(self, kind: str, **values) -> None:
         """A line that begins with step:done/most."""
+        values["train_time"] = f"{1000 * self.elapsed:.0f}ms"
         self.run.row(kind, f"step:{self.steps}/{self.cfg.iterations}", **values)
         self.run.record[kind][-1]["step"] = self.steps
 
@@ -1348,9 +1188,8 @@ def compiled(function, cfg: Config, run: Run):
     if cfg.compile == "0" or (cfg.compile == "auto" and run.device.type != "cuda"):
         return function
     import torch._inductor.config as inductor
-    if hasattr(inductor.triton, "mix_order_reduction"):
-        # 6 ms a step slower here, and silently wrong gradients (pytorch issues 179494, 193061)
-        inductor.triton.mix_order_reduction = False
+    # 6 ms a step slower here, and silently wrong gradients (pytorch issues 179494, 193061)
+    inductor.triton.mix_order_reduction = False
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -1363,14 +1202,12 @@ def build_model(cfg: Config, run: Run) -> GPT:
     return model
 
 # ---- Quantization and artifact -------------------------------------------------------------------
-#
-# A matrix or embedding is stored as one float16 step per row and integer codes -q...q with
-# q = 2^(bits-1) - 1; everything else as float16. Per row the clip is the one of CLIP_QUANTILES of
-# |w| with the least squared error; a floor under the clip (rate control) trades precision for
-# bytes. "ans" groups rows by the spread of their codes and codes each group with its own histogram
-# (asymmetric numeral systems, Duda 2009); "zstd" and "lzma" compress one byte a code.
-# File: magic, version, header size, SHA-256 of header and payload, JSON header, payload = one
-# compressed section (steps, float16 values, then codes or ANS side information) and ANS words.
+# A matrix or embedding is stored as a float16 step per row and integer codes -q...q, q =
+# 2^(bits-1) - 1; everything else as float16. Per row the clip is the one of CLIP_QUANTILES of |w|
+# with the least squared error. "ans" codes groups of rows of like spread, each with its own
+# histogram (asymmetric numeral systems, Duda 2009); "zstd" and "lzma" compress one byte a code.
+# File: magic, version, header size, SHA-256 of the rest, JSON header, one compressed section
+# (steps, float16 values, then codes or ANS side information), ANS words.
 
 CLIP_QUANTILES = 0.999, 0.9995, 0.9999, 1.0  # after #889's per-row search
 MAGIC, VERSION = b"GOLFINT6", 1
@@ -1387,20 +1224,16 @@ def code_limit(name: str, cfg: Config) -> int:
 
 def row_steps(w: Tensor, limit: int, floor: float = 0.0) -> Tensor:
     """Step (...,1), a float16 number, of each row of w (...,cols): its best clip over `limit`.
-
-    floor: least clip as a multiple of the row's root mean square (rate control).
-    """
+    floor: least clip as a multiple of the row's root mean square (rate control)."""
     magnitudes = w.abs().sort(dim=-1).values
     least = floor * w.square().mean(-1, keepdim=True).sqrt() if floor else torch.zeros(())
-    best, best_error = None, None
+    steps, errors = [], []
     for quantile in CLIP_QUANTILES:
         clip = magnitudes[..., math.ceil(quantile * (w.size(-1) - 1)), None].maximum(least)
-        step = (clip / limit).clamp(HALF_MIN, HALF_MAX).half().float()
-        error = (w - round_codes(w, step, limit) * step).square().sum(-1, keepdim=True)
-        better = error < best_error if best is not None else torch.ones_like(error, dtype=bool)
-        best = torch.where(better, step, step if best is None else best)
-        best_error = torch.where(better, error, error if best_error is None else best_error)
-    return best
+        steps.append((clip / limit).clamp(HALF_MIN, HALF_MAX).half().float())
+        error = w - round_codes(w, steps[-1], limit) * steps[-1]
+        errors.append(error.square().sum(-1, keepdim=True))
+    return torch.cat(steps, -1).gather(-1, torch.cat(errors, -1).argmin(-1, keepdim=True))
 
 def round_codes(w: Tensor, step: Tensor, limit: int) -> Tensor:
     """Integer-valued codes within +-limit, shaped like w."""
@@ -1413,21 +1246,14 @@ def fake_quantize(w: Tensor, limit: int) -> Tensor:
         error = round_codes(w, step, limit) * step - w
     return w + error
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as stored: codes int8 (rows,cols) and steps float16 (rows,), or only float16
-    `steps` of `shape` if limit is 0."""
-    shape: tuple[int, ...]
-    limit: int
-    steps: np.ndarray
-    codes: np.ndarray | None
-
+class Stored(collections.namedtuple("Stored", "shape limit steps codes")):
+    """A tensor as stored: float16 steps (rows,) and int8 codes (rows,cols), or only float16 values
+    in `steps` if limit is 0."""
     def tensor(self) -> Tensor:
         """float32, of `shape`."""
         steps = torch.from_numpy(self.steps.astype(np.float32))
-        if self.limit:
-            steps = torch.from_numpy(self.codes.astype(np.float32)) * steps[:, None]
-        return steps.view(self.shape)
+        codes = torch.from_numpy(self.codes.astype(np.float32)) if self.limit else torch.ones(1)
+        return (codes * (steps[:, None] if self.limit else steps)).view(self.shape)
 
 def quantize(weights: dict[str, Tensor], cfg: Config, floor: float = 0.0) -> dict[str, Stored]:
     """Every exported tensor (MTP heads stay behind), by name; RunError on NaN or infinity."""
@@ -1446,19 +1272,14 @@ def quantize(weights: dict[str, Tensor], cfg: Config, floor: float = 0.0) -> dic
 
 def compress(data: bytes, method: str) -> bytes:
     """zstd level 22 or lzma preset 9."""
-    if method == "lzma":
-        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-    import zstandard
-    return zstandard.ZstdCompressor(level=22).compress(data)
+    return zstandard.compress(data, 22) if method == "zstd" else lzma.compress(
+        data, preset=9 | lzma.PRESET_EXTREME)
 
 def decompress(data: bytes, method: str, most: int) -> bytes:
     """Inverse of compress; RunError on damage or more than `most` bytes."""
-    import zstandard
     try:
-        if method == "lzma":
-            plain = lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, most + 1)
-        else:
-            plain = zstandard.ZstdDecompressor().stream_reader(data).read(most + 1)
+        plain = lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, most + 1) if (
+            method == "lzma") else zstandard.ZstdDecompressor().stream_reader(data).read(most + 1)
     except (lzma.LZMAError, zstandard.ZstdError, EOFError):
         raise RunError(f"artifact: its {method} section is damaged") from None
     if len(plain) > most:
@@ -1473,14 +1294,12 @@ def coding_order(clusters: np.ndarray, rows: list[int]) -> list[tuple[int, int, 
 
 def ans_models(histograms: np.ndarray) -> list:
     """constriction's entropy models of histograms uint16 (clusters, SYMBOLS)."""
-    import constriction
     weights = histograms + 2.0**-10  # a cluster without rows is still a distribution
     shares = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     return [constriction.stream.model.Categorical(row, perfect=False) for row in shares]
 
 def ans_encode(codes: list[np.ndarray], limits: list[int]) -> tuple[bytes, bytes]:
     """(side information: cluster of each row, histograms; words: the compressed codes)."""
-    import constriction
     limit = np.concatenate([np.full(len(c), q) for c, q in zip(codes, limits)])
     spread = np.concatenate([c.astype(np.float32).std(1) for c in codes])
     clusters = np.zeros(len(limit), np.uint8)
@@ -1501,11 +1320,9 @@ def ans_encode(codes: list[np.ndarray], limits: list[int]) -> tuple[bytes, bytes
 
 def ans_decode(side: bytes, words: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
     """Inverse of ans_encode for int8 code arrays of the given (rows, cols); RunError on damage."""
-    import constriction
     rows = sum(r for r, _ in shapes)
     clusters, histograms = np.frombuffer(side[:rows], np.uint8), side[rows:]
-    if len(clusters) < rows or len(histograms) != 2 * SYMBOLS * (int(clusters.max()) + 1) or (
-            len(words) % 4):
+    if len(histograms) != 2 * SYMBOLS * (int(clusters.max()) + 1) or len(words) % 4:
         raise RunError("artifact: the sizes of its code sections do not fit the network")
     models = ans_models(np.frombuffer(histograms, "<u2").reshape(-1, SYMBOLS))
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
@@ -1544,10 +1361,9 @@ def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
     """(header, payload, cfg with the artifact's architecture), each checked; RunError if wrong."""
     magic, version, size, digest = PREFIX.unpack_from(blob.ljust(PREFIX.size, b"\0"))
     body = blob[PREFIX.size:]
-    if magic != MAGIC:
-        raise RunError("artifact: not one of this program's (its first bytes differ)")
-    if version != VERSION:
-        raise RunError(f"artifact: format version {version}, this program reads {VERSION}")
+    if (magic, version) != (MAGIC, VERSION):
+        raise RunError(f"artifact: not one of this program's, or format version {version} of it "
+                       f"(this program reads {VERSION})")
     if size > len(body) or hashlib.sha256(body).digest() != digest:
         raise RunError("artifact: truncated or damaged (its SHA-256 does not match)")
     kinds = {f.name: f for f in fields(Config)}
@@ -1562,16 +1378,12 @@ def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
         assert header["tensors"] == table and header["compressor"] in ("ans", "zstd", "lzma")
         assert 0 <= int(header["section_bytes"]) <= len(body) - size and vocabulary
     except (ValueError, KeyError, TypeError, AssertionError, RunError, RuntimeError):
-        raise RunError("artifact: its header does not describe one of this program's networks"
-                       ) from None
+        raise RunError("artifact: its header describes none of this program's networks") from None
     return header, body[size:], cfg
 
 def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str, Stored]]:
-    """(cfg with the artifact's architecture, its tensors by name).
-
-    RunError for a truncated, damaged or foreign file, another version or vocabulary. Executes
-    nothing, and allocates no more than the network's own shapes need.
-    """
+    """(cfg with the artifact's architecture, its tensors by name); RunError for any other file.
+    Executes nothing, and allocates no more than the network's own shapes need."""
     header, payload, cfg = read_header(blob, cfg)
     if header["vocabulary"] != vocabulary:
         raise RunError("artifact: made with another vocabulary than this tokenizer's")
@@ -1584,13 +1396,11 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
     section, words = np.split(np.frombuffer(payload, np.uint8), [header["section_bytes"]])
     plain = decompress(section.tobytes(), "lzma" if ans else header["compressor"],
                        floats + (rows + 512 * SYMBOLS if ans else cells))
-    if ans:
-        codes = ans_decode(plain[floats:], words.tobytes(), coded)
-    elif len(plain) == floats + cells:
-        ends = np.cumsum([r * c for r, c in coded])
-        codes = np.split(np.frombuffer(plain[floats:], np.int8), ends)
-    if len(plain) < floats or (not ans and len(plain) != floats + cells):
+    if len(plain) < floats + (rows if ans else cells):
         raise RunError("artifact: its section is shorter than the network")
+    ends = np.cumsum([r * c for r, c in coded])
+    codes = ans_decode(plain[floats:], words.tobytes(), coded) if ans else (
+        np.split(np.frombuffer(plain[floats:], np.int8), ends))
     steps = np.split(np.frombuffer(plain[:floats], "<f2"), np.cumsum(list(halves.values())))
     if not all(np.isfinite(s).all() for s in steps):
         raise RunError("artifact: it holds NaN or infinite numbers")
@@ -1600,11 +1410,8 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
                  for (name, shape, limit), step in zip(header["tensors"], steps)}
 
 def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
-    """The artifact of the model's weights, with the finest steps that fit the budget.
-
-    If the best clips do not fit, the least clip (a multiple of the row's RMS) is raised by
-    bisection on exact sizes.
-    """
+    """The artifact of the model's weights. If the best clips do not fit the budget, the least clip,
+    a multiple of the row's RMS, is raised by bisection on exact sizes."""
     weights = {n: p.detach() for n, p in model.named_parameters()}
     budget, low, high, floor = cfg.artifact_bytes - code_bytes(), 0.0, 64.0, 0.0
     blob = pack(quantize(weights, cfg), cfg, data.corpus["vocabulary_sha256"])
@@ -1614,9 +1421,9 @@ def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
         low, high = (low, middle) if len(trial) <= budget else (middle, high)
         if len(trial) <= budget or len(trial) < len(blob):
             blob, floor = trial, middle
-    count = sum(w.numel() for n, w in weights.items() if n not in TRAINING_ONLY)
+    bits = 8 * len(blob) / sum(math.prod(shape) for _, shape, _ in tensor_table(cfg))
     run.row("artifact", artifact_bytes=len(blob), code_bytes=code_bytes(), clip_floor=floor,
-            compressor=cfg.compressor, bits_per_parameter=round(8 * len(blob) / count, 3))
+            compressor=cfg.compressor, bits_per_parameter=round(bits, 3))
     return blob
 
 def code_bytes() -> int:
@@ -1624,14 +1431,10 @@ def code_bytes() -> int:
     return os.path.getsize(__file__)
 
 # ---- Windows and neural pass ---------------------------------------------------------------------
-
 def windows(num_targets: int, seq_len: int, stride: int):
     """Yield (start, first_scored, end): windows of seq_len inputs whose spans [first_scored, end)
-    tile the targets [0, num_targets): each target is scored exactly once.
-
-    The first window scores all its targets, each next one its last `stride`; the shorter remainder
-    is scored by a full window shifted back. Target i is token i + 1 of the stream.
-    """
+    tile the targets [0, num_targets). The first window scores all its targets, each next one its
+    last `stride`, a remainder is scored by a window shifted back. Target i is token i + 1."""
     end = min(seq_len, num_targets)
     yield 0, 0, end
     while end < num_targets:
@@ -1639,23 +1442,19 @@ def windows(num_targets: int, seq_len: int, stride: int):
         yield max(0, end - seq_len), first, end
 
 class Grid:
-    """Windows in batches of one shape, shared out to ranks; the same for any number of ranks.
-
-    Batch 0 is the first window alone, scoring all its targets; the others have `batch` windows that
-    score their last `last`. `table`: (windows,3) int64 of start, first_scored, end; `spans`: each
-    rank's targets [start, end), empty for a rank without batches.
-    """
-
+    """Windows in batches of one shape, the same for any number of ranks. Batch 0 is the first
+    window; the others have `batch` windows that score their last `last` targets. table: (windows,3)
+    int64 of start, first_scored, end. spans: each rank's targets [start, end), possibly none."""
     def __init__(self, num_targets: int, cfg: Config, stride: int, world: int):
-        self.table = torch.tensor(list(windows(num_targets, cfg.eval_seq_len, stride)))
-        self.last = stride
+        table = windows(num_targets, cfg.eval_seq_len, stride)
+        self.table, self.last = torch.tensor(list(table)), stride
         self.batch = cfg.eval_batch_windows if stride < cfg.eval_seq_len else max(
             1, cfg.val_batch_size // 8 // cfg.eval_seq_len)
         count = 1 + -(-(len(self.table) - 1) // self.batch)
         cuts = [count * r // world for r in range(world + 1)]
         self.batches = [range(a, b) for a, b in zip(cuts, cuts[1:])]
-        ends = [0] + [int(self.table[min((c - 1) * self.batch, len(self.table) - 1), 2]) if c else 0
-                      for c in cuts[1:]]
+        ends = [int(self.table[min((c - 1) * self.batch, len(self.table) - 1), 2]) if c else 0
+                for c in cuts]
         self.spans = list(zip(ends, ends[1:]))
 
     def rows(self, index: int) -> Tensor:
@@ -1665,27 +1464,14 @@ class Grid:
         filler = self.table[-1:, [0, 2, 2]].expand(self.batch - len(rows) if index else 0, 3)
         return torch.cat([rows, filler])
 
-    def window_of(self, target: int) -> int:
-        """Index of the window that scores a target."""
-        return int(torch.searchsorted(self.table[:, 2].contiguous(), target, right=True))
-
-class NeuralColumns(typing.NamedTuple):
-    """What mixing needs of the network, float64 (N,) each, natural logarithms.
-
-    logp: of the target. entropy: of the distribution. hint_logp, hint_log1m: log p(y) and
-    log(1 - p(y)) of the hint y.
-    """
-    logp: Tensor
-    entropy: Tensor
-    hint_logp: Tensor
-    hint_log1m: Tensor
+# What mixing needs of the network, float64 (N,) each, in nats: log p of the target, entropy of the
+# distribution, log p(y) and log(1 - p(y)) of the hint y.
+NeuralColumns = collections.namedtuple("NeuralColumns", "logp entropy hint_logp hint_log1m")
 
 def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
-    """NeuralColumns stacked in the last dim, (...,4) float64, of logits (...,V) float32.
-
-    1 - p(y) is a sum over the other tokens: a rounded p(y) near 1 leaves nothing to normalize
-    with. Exponentials and row sums are float32, their logarithms float64.
-    """
+    """NeuralColumns stacked in the last dim, (...,4) float64, of logits (...,V) float32. 1 - p(y)
+    is a sum over the other tokens: a rounded p(y) near 1 leaves nothing to normalize with.
+    Exponentials and row sums are float32, their logarithms float64."""
     z = logits - logits.amax(-1, keepdim=True)
     e, hints, targets = z.exp(), hints[..., None], targets[..., None]
     others = e.scatter(-1, hints, 0.0).sum(-1).double().clamp(min=1e-300)
@@ -1698,7 +1484,6 @@ def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
 
 class NeuralPass:
     """The network over a rank's windows; the stream stays on the device as integers."""
-
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run, stride: int):
         self.cfg, self.run, self.model, self.data = cfg, run, model, data
         self.tokens = data.val.to(run.device)  # (N+1,) int64
@@ -1744,15 +1529,14 @@ class NeuralPass:
     @torch.no_grad()
     def distribution(self, target: int) -> Tensor:
         """The network's log-probabilities (V,) at a target, by the window that scores it."""
-        start, _, end = self.grid.table[self.grid.window_of(target)].tolist()
+        ends = self.grid.table[:, 2].contiguous()
+        start, _, end = self.grid.table[torch.searchsorted(ends, target, right=True)].tolist()
         logits = self.model.logits(self.tokens[None, start:end], end - target)[0, 0]
         return logits.double().log_softmax(-1).cpu()
 
 def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
     """val_loss (nats per token) and val_bpb (bits per byte) of per-target log-probabilities (N,).
-
-    numpy adds in stream order on one thread, so that the sum's bits depend on nothing else.
-    """
+    numpy adds in stream order on one thread, so that the sum's bits depend on nothing else."""
     nats, total = -float(np.add.reduce(logp.double().numpy())), int(byte_counts.sum())
     return dict(val_loss=nats / len(logp), val_bpb=nats / math.log(2) / max(1, total),
                 tokens=len(logp), bytes=total)
@@ -1764,7 +1548,6 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     return score_of(logp, data.table.target_bytes(data.val)) if run.is_main else {}
 
 # ---- N-gram counts -------------------------------------------------------------------------------
-#
 # Counting by sorting. Grouping positions by the n-gram that ends at each, in stream order inside
 # a group, makes "how often before" a rank in the group. The groups of length n + 1 come from
 # those of length n: step one token on and split every group by that token with a stable sort.
@@ -1772,20 +1555,14 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 # that begins with it can either, so the sorts shrink with every order. Buckets in place of
 # n-grams give a hashed table's counts, a rank among earlier chunks a coarser cache's.
 
-class Counts(typing.NamedTuple):
-    """Columns of one order, each (positions,) int32, over what is visible at the position."""
-
-    context: Tensor                     # how often the n - 1 tokens before it occurred
-    pair: Tensor                        # how often this token followed them
-    distinct: Tensor | None = None      # how many different tokens followed them
-    hint: Tensor | None = None          # the token that followed them last, -1 if none did
-    hint_count: Tensor | None = None    # how often the hint followed them
-
-class Groups(typing.NamedTuple):
-    """M positions, group after group, in stream order inside each group."""
-
-    position: Tensor    # (M,) int64
-    start: Tensor       # (M,) int32: index of the group's first member; it names the group
+# Columns of one order n, (positions,) int32, over what is visible at the position: how often the
+# n - 1 tokens before it occurred, how often this token followed them, how many different tokens
+# did, the one that did last (-1: none), how often that one did. The last three: exact counts only.
+Counts = collections.namedtuple("Counts", "context pair distinct hint hint_count",
+                                defaults=(None, None, None))
+# M positions int64 (M,), group after group, in stream order inside each; index int32 (M,) of the
+# group's first member, which names the group.
+Groups = collections.namedtuple("Groups", "position start")
 
 def changes(a: Tensor, b: Tensor) -> Tensor:
     """(M,) bool: True at 0 and wherever a or b differs from the entry before."""
@@ -1816,12 +1593,6 @@ def earlier(groups: Groups, chunk: Tensor | None) -> Tensor:
         run = run_starts(changes(groups.start, chunk[groups.position]))
     return run - groups.start
 
-def chunk_numbers(total: int, granularity: int, first: int, device) -> Tensor:
-    """(total,) int32: 0 for targets 1..first, then one more every `granularity`; token 0 first."""
-    targets = torch.arange(total, dtype=torch.int32, device=device)
-    chunk = ((targets - first - 1) // granularity + 1).clamp_(min=0)
-    return chunk.masked_fill_(targets == 0, -1)
-
 def hint_columns(contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tensor):
     """(M,) distinct, hint and hint_count of `contexts`: `occurred` times, pair[position] so."""
     seen = pair[contexts.position]
@@ -1833,16 +1604,15 @@ def hint_columns(contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tenso
     return distinct, hint, hint_count
 
 def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=None, primes=None):
-    """Yield (order, Counts from position `start` on) for orders 1 to max_order.
-
-    tokens (N,) integers >= 0. buckets: 0 exact, a power of two hashed. Targets 1, 2, ... fall
-    into chunks, the first of `first`, then `granularity` each; a position sees the n-grams whose
-    target lies in earlier chunks. distinct and the hints: exact and one target a chunk only.
-    """
+    """Yield (order, Counts from position `start` on) for orders 1 to max_order. tokens (N,)
+    integers >= 0. buckets: 0 exact, a power of two hashed. Targets 1, 2, ... fall into chunks, the
+    first of `first`, then `granularity` each; a position sees the n-grams whose target lies in
+    earlier chunks. distinct and the hints: exact and one target a chunk only."""
     total, device = len(tokens), tokens.device
     primes, first = primes or Config.ngram_primes, first or granularity
-    one_each = granularity == first == 1
-    chunk = None if one_each else chunk_numbers(total + 1, granularity, first, device)
+    one_each, position = granularity == first == 1, torch.arange(total + 1, device=device)
+    chunk = ((position - first - 1) // granularity + 1).clamp(min=0).int()  # of a target
+    chunk = None if one_each else chunk.masked_fill(position == 0, -1)
     # 16-bit keys take half the sort's passes; the token -1 after the end repeats in no n-gram.
     narrow = torch.int16 if tokens.max() < 2**15 else torch.int32
     tokens = F.pad(tokens.to(narrow), (0, 1), value=-1)
@@ -1852,8 +1622,7 @@ def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=Non
         out[groups.position] = values.int()
         return out
 
-    position = torch.arange(total, device=device)
-    contexts = stream = Groups(position, torch.zeros_like(position, dtype=torch.int32))
+    contexts = stream = Groups(position[:-1], torch.zeros_like(position[:-1], dtype=torch.int32))
     key = torch.zeros(total + 1, dtype=torch.int64, device=device)
     for order in range(1, max_order + 1):
         if buckets:
@@ -1871,20 +1640,17 @@ def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=Non
         contexts = Groups(grams.position + 1, grams.start)
 
 # ---- Mixing --------------------------------------------------------------------------------------
-#
 # Backoff (submissions #889, #806, #890, #1094): the longest context that matches gives the ratio
 # min(pair, context)/context, which alpha, a function of the network's entropy, blends with the
 # network. With exact counts and a match that looks at the context alone this is a probability
 # distribution; with colliding tables, or a match that looks at the target, it is not.
 
-PROBABILITY_FLOOR = 1e-12  # the submissions'
-BATCH_WINDOWS = 128  # #1094 updates its tables after so many windows
+PROBABILITY_FLOOR, BATCH_WINDOWS = 1e-12, 128  # the submissions'; #1094's between table updates
 
 @dataclass(frozen=True)
 class Rule:
-    """Which counts a backoff rule reads: buckets (0: exact), what makes a context match ("context"
-    or "pair": also the pair's count > 0), the targets after which counts become visible (`first`,
-    then every `granularity`), and whether a rank's history begins cold with its own span."""
+    """Which counts a backoff rule reads: buckets (0: exact), a match on "context" or "pair" too,
+    chunks of targets (`first`, then `granularity`), a history that begins cold with the span."""
     buckets: int = 0
     match: str = "context"
     first: int = 1
@@ -1892,22 +1658,17 @@ class Rule:
     cold: bool = False
 
     def counted(self, tokens: Tensor, span: tuple[int, int], cfg: Config):
-        """(order, Counts) of the targets `span` of a stream (N+1,).
-
-        Distributed prefill: a rank counts everything up to the end of its span and keeps the span,
-        so that its counts are those of one sequential pass.
-        """
+        """(order, Counts) of the targets `span` of a stream (N+1,). Distributed prefill: a rank
+        counts all up to the end of its span, so its counts are those of one sequential pass."""
         start, end = span
         begin = start if self.cold else 0
         first = self.granularity if self.cold and start else self.first
-        yield from count_ngrams(tokens[begin:end + 1], cfg.ngram_max_order, start + 1 - begin,
-                                self.buckets, self.granularity, first, cfg.ngram_primes)
+        return count_ngrams(tokens[begin:end + 1], cfg.ngram_max_order, start + 1 - begin,
+                            self.buckets, self.granularity, first, cfg.ngram_primes)
 
     def counted_for_all(self, tokens: Tensor, target: int, begin: int, cfg: Config):
         """(order, Counts) of every token of the vocabulary (V,) as if it were the target.
-
-        Independent of count_ngrams: a direct scan of the history, which starts at token `begin`.
-        """
+        Independent of count_ngrams: a direct scan of the history, which starts at token `begin`."""
         first = self.granularity if self.cold and begin else self.first
         place = target - begin - first  # negative in the history's first chunk
         visible = 1 + (first + place // self.granularity * self.granularity if place >= 0 else 0)
@@ -1943,10 +1704,8 @@ def backoff_rules(cfg: Config) -> dict[str, Rule]:
         rules["backoff_exact_pair"] = Rule(match="pair")
     return rules
 
-class BackoffColumns(typing.NamedTuple):
-    """A rule's n-gram part: matched order int8 (0: none) and the target's probability float64."""
-    order: Tensor
-    probability: Tensor
+# A rule's n-gram part: matched order int8 (0: none) and the target's probability float64.
+BackoffColumns = collections.namedtuple("BackoffColumns", "order probability")
 
 def backoff_columns(counted, match: str, cfg: Config) -> BackoffColumns:
     """The longest match of each position, from (order, Counts) in rising order."""
@@ -1967,9 +1726,7 @@ def backoff_columns(counted, match: str, cfg: Config) -> BackoffColumns:
 
 def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Config) -> Tensor:
     """log((1 - alpha)*p_network + alpha*p_ngram) where an order matched, the network elsewhere.
-
-    alpha = base + range*sigmoid(scale*(H - center of the matched order)), H in nats.
-    """
+    alpha = base + range*sigmoid(scale*(H - center of the matched order)), H in nats."""
     centers = cfg.ngram_ent_center * (1 if len(cfg.ngram_ent_center) > 1 else cfg.ngram_max_order)
     center = torch.tensor(centers, dtype=torch.float64)[(part.order.long() - 2).clamp(min=0)]
     alpha = cfg.ngram_ent_base + cfg.ngram_ent_range * torch.sigmoid(
@@ -1979,25 +1736,19 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
     return torch.where(part.order > 0, mixed.clamp(min=PROBABILITY_FLOOR).log(), logp)
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-
-MASS_POSITIONS = 32  # sampled targets at which each scoring is summed over the vocabulary
-NORMALIZED_WITHIN = 1e-4
+MASS_POSITIONS, NORMALIZED_WITHIN = 32, 1e-4  # targets at which scorings are summed; tolerance
 
 class Evaluation:
-    """One neural pass over the validation stream, scored in several ways: the score table.
-
-    `rows` holds a result by scoring, on rank 0; `order`: the scorings, the headline first.
-    """
-
+    """One neural pass over the validation stream, scored in several ways: the score table. `rows`
+    holds a result by scoring, on rank 0; `order`: the scorings, the headline first."""
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.cfg, self.run, self.data = cfg, run, data
         self.neural = NeuralPass(model, data, cfg, run, cfg.eval_stride)
         self.rules = backoff_rules(cfg) if cfg.ngram_enabled else {}
         headline = f"backoff_{cfg.ngram_table}" if cfg.scoring == "backoff" else cfg.scoring
         self.headline = headline if headline in self.rules else "neural"
-        self.order = [self.headline, *({"neural": 0, **self.rules}.keys() - {self.headline})]
-        self.order[1:] = sorted(self.order[1:])
-        self.rows, self.columns = {}, None
+        others = sorted({"neural", *self.rules} - {self.headline})
+        self.order, self.rows, self.columns = [self.headline, *others], {}, None
 
     def neural_pass(self) -> None:
         """Run the network; its columns on rank 0."""
@@ -2007,33 +1758,28 @@ class Evaluation:
 
     def score(self, scoring: str, started: float) -> None:
         """Count for this rank's span, mix on rank 0, and keep the row; all ranks take part."""
-        columns, spans = self.columns, self.neural.grid.spans
-        part = None
+        cfg, run, part = self.cfg, self.run, None
         if scoring in self.rules:
-            rule = self.rules[scoring]
-            if rule.cold and self.run.world > 1:
-                self.run.log(f"{scoring}: each of the {self.run.world} ranks begins with a cold "
-                             "cache, so its score depends on their number")
-            span = self.neural.start, self.neural.end
-            counted = rule.counted(self.neural.tokens, span, self.cfg)
-            part = backoff_columns(counted, rule.match, self.cfg)
-            part = BackoffColumns(*(self.run.gather(c, spans) for c in part))
-        if not self.run.is_main:
+            rule, span = self.rules[scoring], (self.neural.start, self.neural.end)
+            part = backoff_columns(rule.counted(self.neural.tokens, span, cfg), rule.match, cfg)
+            part = BackoffColumns(*(run.gather(c, self.neural.grid.spans) for c in part))
+            if rule.cold and run.world > 1:
+                run.log(f"{scoring}: each of the {run.world} ranks begins with a cold cache, so "
+                        "its score depends on their number")
+        if not run.is_main:
             return
-        logp = columns.logp if part is None else backoff_logp(columns.logp, columns.entropy, part,
-                                                              self.cfg)
+        logp = self.columns.logp
+        logp = logp if part is None else backoff_logp(logp, self.columns.entropy, part, cfg)
         byte_counts = self.data.table.target_bytes(self.data.val)
-        self.rows[scoring] = score_of(logp, byte_counts) | dict(seconds=self.run.sync() - started)
-        self.run.record["curves"].append(dict(scoring=scoring, **running_bpb(logp, byte_counts)))
+        self.rows[scoring] = score_of(logp, byte_counts) | dict(seconds=run.sync() - started)
+        run.record["curves"].append(dict(scoring=scoring, **running_bpb(logp, byte_counts)))
         if part is not None:
-            orders = torch.bincount(part.order.long(), minlength=self.cfg.ngram_max_order + 1)
-            self.run.record["matched_orders"].append(dict(scoring=scoring, count=orders.tolist()))
+            orders = torch.bincount(part.order.long(), minlength=cfg.ngram_max_order + 1)
+            run.record["matched_orders"].append(dict(scoring=scoring, count=orders.tolist()))
 
     def distribution(self, scoring: str, target: int, logp: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (V,) of a scoring at a target, and the n-gram part's (V,) if a rule's.
-
-        logp: the network's (V,). Counts come from a direct scan, not from count_ngrams.
-        """
+        logp: the network's (V,). Counts come from a direct scan, not from count_ngrams."""
         if scoring not in self.rules:
             return logp, None
         rule, begin = self.rules[scoring], 0
@@ -2053,11 +1799,11 @@ class Evaluation:
         for scoring, row in self.rows.items():
             pairs = [self.distribution(scoring, i, n) for i, n in zip(positions, networks)]
             masses = [float(p.exp().sum()) for p, _ in pairs]
-            row |= dict(mass=float(np.mean(masses)), max_mass=max(masses))
             sums = [float(n.sum()) for _, n in pairs if n is not None and n.any()]
+            row |= dict(mass=float(np.mean(masses)), max_mass=max(masses))
             row |= dict(ngram_mass=float(np.mean(sums))) if sums else {}
-            error = max(abs(m - 1) for m in masses)
-            row["normalized"] = "yes" if error <= NORMALIZED_WITHIN else "no"
+            wrong = max(abs(m - 1) for m in masses) > NORMALIZED_WITHIN
+            row["normalized"] = "no" if wrong else "yes"
 
 def running_bpb(logp: Tensor, byte_counts: Tensor, points: int = 200) -> dict:
     """The score along the stream: bits per byte of the first k targets at `points` places."""
@@ -2072,37 +1818,33 @@ def unigram_bpb(data: Data) -> float:
     return float(bits / data.table.target_bytes(data.val).sum())
 
 # ---- Report --------------------------------------------------------------------------------------
-
 def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     """Log configuration, versions, hardware, revision and corpus."""
     gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "none"
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     run.record |= dict(notes=notes, corpus=data.corpus, config=asdict(cfg), facts=dict(
         torch=torch.__version__, python=platform.python_version(), numpy=np.__version__,
         machine=platform.machine(), cores=os.cpu_count(), gpu=gpu, world_size=run.world,
-        revision=git_revision(),
-        code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()))
+        revision=git_revision(), code_sha256=code))
     for kind in ("facts", "corpus", "config"):
         run.log(f"{kind} " + " ".join(f"{k}:{v}" for k, v in run.record[kind].items()))
 
 def git_revision() -> str:
     """The commit this file is at, "+" if changed since, or "unknown"."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).resolve().parent, text=True,
-                              capture_output=True, timeout=10).stdout.strip()
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always",
+               "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        changed = "+" if git("status", "-s", "-uno") else ""
-        return (git("rev-parse", "HEAD") or "unknown") + changed
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(command, text=True, capture_output=True).stdout.strip() or "unknown"
+    except OSError:
         return "unknown"
 
 def report_budgets(run: Run, cfg: Config, total_bytes: int, eval_seconds: float) -> None:
     """One PASS or FAIL line for each of the challenge's budgets."""
-    budgets = dict(total_bytes=(total_bytes, cfg.artifact_bytes),
-                   eval_seconds=(round(eval_seconds, 1), cfg.max_eval_seconds))
-    if run.record["trained"] and cfg.max_wallclock_seconds:
-        budgets["train_seconds"] = run.record["trained"][-1]["train_seconds"], (
-            cfg.max_wallclock_seconds)
-    for name, (used, limit) in budgets.items():
+    budgets = [("total_bytes", total_bytes, cfg.artifact_bytes),
+               ("eval_seconds", round(eval_seconds, 1), cfg.max_eval_seconds)]
+    budgets += [("train_seconds", row["train_seconds"], cfg.max_wallclock_seconds)
+                for row in run.record["trained"] if cfg.max_wallclock_seconds]
+    for name, used, limit in budgets:
         verdict = "PASS" if used <= limit else f"FAIL excess:{used - limit:.10g}"
         run.record["budget"].append(dict(name=name, used=used, limit=limit, verdict=verdict))
         run.log(f"budget {name}:{used}/{limit:.10g} {verdict}")
@@ -2112,13 +1854,13 @@ def submission(cfg: Config, run: Run, final: dict, eval_seconds: float) -> dict:
     facts, trained = run.record["facts"], (run.record["trained"] or [{}])[-1]
     hardware = f"{run.world}x {facts['gpu']}" if facts["gpu"] != "none" else (
         f"{facts['cores']} CPU cores, {facts['machine']}")
-    return dict(
-        author=cfg.author, github_id=cfg.github_id, name=cfg.run_id, recipe=cfg.recipe,
-        scale=cfg.scale, val_loss=final["val_loss"], val_bpb=final["val_bpb"],
+    own = {key: getattr(cfg, key) for key in ("author", "github_id", "recipe", "scale", "seed")}
+    return own | dict(
+        name=cfg.run_id, val_loss=final["val_loss"], val_bpb=final["val_bpb"],
         scoring=final["scoring"], normalized=final["normalized"] == "yes",
         bytes_total=final["total_bytes"], bytes_code=code_bytes(), steps=trained.get("steps"),
         train_seconds=trained.get("train_seconds"), eval_seconds=round(eval_seconds, 1),
-        hardware=hardware, seed=cfg.seed, torch=facts["torch"], corpus=run.record["corpus"],
+        hardware=hardware, torch=facts["torch"], corpus=run.record["corpus"],
         revision=facts["revision"])
 
 def plot(record: dict) -> bytes:
@@ -2128,27 +1870,25 @@ def plot(record: dict) -> bytes:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
     loss, validation, curve, orders = axes.flat
-    steps = [r["step"] for r in record["train"]]
-    loss.plot(steps, [r["train_loss"] for r in record["train"]], color="C0")
-    loss.set(title="Training loss", xlabel="step", ylabel="nats per token")
-    scale = loss.twinx()
-    scale.plot(steps, [r["lr_scale"] for r in record["train"]], color="C7", linestyle="--")
+    scale, train, checks = loss.twinx(), record["train"], record["validation"]
+    steps = [r["step"] for r in train]
+    loss.plot(steps, [r["train_loss"] for r in train], color="C0")
+    scale.plot(steps, [r["lr_scale"] for r in train], color="C7", linestyle="--")
     scale.set(ylabel="lr scale (dashed)", ylim=(0, 1.05))
-    validation.plot([r["step"] for r in record["validation"]],
-                    [r["val_bpb"] for r in record["validation"]], "o-")
-    validation.set(title="Validation during training", xlabel="step", ylabel="bits per byte")
+    validation.plot([r["step"] for r in checks], [r["val_bpb"] for r in checks], "o-")
     for row in record["curves"]:
         skip = len(row["bpb"]) // 50  # the first few targets are noise
         curve.plot(row["targets"][skip:], row["bpb"][skip:], label=row["scoring"])
-    curve.set(title="Score along the stream", xlabel="targets scored", ylabel="bits per byte")
-    curve.legend()
     for row in record["matched_orders"]:
-        share = 100 * np.array(row["count"]) / max(1, sum(row["count"]))
-        orders.plot(share, "o-", label=row["scoring"])
-        orders.legend()
+        orders.plot(100 * np.array(row["count"]) / sum(row["count"]), "o-", label=row["scoring"])
+    loss.set(title="Training loss", xlabel="step", ylabel="nats per token")
+    validation.set(title="Validation during training", xlabel="step", ylabel="bits per byte")
+    curve.set(title="Score along the stream", xlabel="targets scored", ylabel="bits per byte")
     orders.set(title="Longest matching order", xlabel="order (0: none)", ylabel="% of targets")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
     pyplot.close(figure)
@@ -2168,8 +1908,8 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
         run.log(f"warning: {headline} is no probability distribution (mass {best['mass']:.6g}): "
                 "its bits per byte are not a compression rate")
     report_budgets(run, cfg, total, best["seconds"])
-    final = dict(val_loss=best["val_loss"], val_bpb=best["val_bpb"], scoring=headline,
-                 normalized=best["normalized"], total_bytes=total, seed=cfg.seed)
+    final = {key: best[key] for key in ("val_loss", "val_bpb")} | dict(
+        scoring=headline, normalized=best["normalized"], total_bytes=total, seed=cfg.seed)
     record = submission(cfg, run, final, best["seconds"])
     write_atomic(run.path(".submission.json"), json.dumps(record, indent=1).encode())
     write_atomic(run.path(".png"), plot(run.record))
@@ -2179,7 +1919,6 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     run.row("final", **final)
 
 # ---- Main ----------------------------------------------------------------------------------------
-
 def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
     """Train, save the weights, export; the artifact's path, on every rank."""
     run.stage = "training"
@@ -2188,29 +1927,20 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
     trainer.train()
     run.stage = "export"
 
-    def save_weights() -> None:
-        from safetensors.torch import save
-        weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-        write_atomic(run.path(".safetensors"), save(weights))
-        run.log(f"saved {run.path('.safetensors')}")
-
-    def save_artifact() -> Path:
-        path = run.path(f".int{cfg.matrix_bits}.ptz")
-        write_atomic(path, export(model, data, cfg, run))
-        run.log(f"saved {path}")
-        return path
-
-    run.agree(save_weights)
+    def save(suffix: str, make) -> Path:
+        write_atomic(run.path(suffix), make())
+        run.log(f"saved {run.path(suffix)}")
+        return run.path(suffix)
+    weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    run.agree(lambda: save(".safetensors", lambda: safetensors.torch.save(weights)))
     trainer.validate()
-    return run.agree(save_artifact)
+    return run.agree(lambda: save(f".int{cfg.matrix_bits}.ptz",
+                                  lambda: export(model, data, cfg, run)))
 
 def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> None:
     """Score what would be shipped, from the artifact's first byte to the final line."""
     run.stage, started = "evaluation", run.sync()
-    try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"LOAD_ARTIFACT={path}: {error.strerror}") from None
+    blob = path.read_bytes()
     cfg, tensors = unpack(blob, cfg, data.corpus["vocabulary_sha256"])
     model = build_model(replace(cfg, mtp_num_heads=0), run)
     with torch.no_grad():
@@ -2235,8 +1965,7 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> None:
     for note in notes:
         run.log(note)
     run.stage = "data"
-    if not cfg.load_artifact:
-        micro_batch_tokens(cfg, run.world)  # fails before expensive work
+    cfg.load_artifact or micro_batch_tokens(cfg, run.world)  # fails before expensive work
     data = run.agree(lambda: load_data(cfg, run), everywhere=True)
     run.agree(lambda: describe_run(cfg, notes, data, run))
     path = Path(cfg.load_artifact) if cfg.load_artifact else make_artifact(data, cfg, run)
@@ -2253,14 +1982,13 @@ def main() -> int:
         run = Run(cfg)
         run_all(cfg, notes, run)
         return 0
-    except (RunError, torch.OutOfMemoryError) as error:
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("DEBUG", "0") == "1":
             raise
-        message = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            is_main, message = True, (f"out of device memory during {run.stage}: lower "
-                                      "MICRO_BATCH_TOKENS or EVAL_BATCH_WINDOWS")
-        if is_main:
+        full = isinstance(error, torch.OutOfMemoryError)
+        message = (f"out of device memory during {run.stage}: lower MICRO_BATCH_TOKENS or "
+                   "EVAL_BATCH_WINDOWS") if full else str(error)
+        if is_main or full:
             print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -85,12 +85,17 @@ def trained(job):
     return done
 
 
-@pytest.fixture(scope="session")
-def data(workplace, tmp_path_factory):
-    """(Config, Run, Data) of the tiny corpus, in this process."""
+@pytest.fixture(scope="session", autouse=True)
+def run(workplace, tmp_path_factory):
+    """The only rank of a run in this process."""
     env = workplace[1] | dict(LOGS_PATH=str(tmp_path_factory.mktemp("logs")))
-    cfg, _ = golf.load_config(env)
-    run = golf.Run(cfg)
+    return golf.Run(golf.load_config(env)[0])
+
+
+@pytest.fixture(scope="session")
+def data(workplace, run):
+    """(Config, Run, Data) of the tiny corpus, in this process."""
+    cfg, _ = golf.load_config(workplace[1])
     return cfg, run, golf.load_data(cfg, run)
 
 

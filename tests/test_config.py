@@ -45,7 +45,7 @@ def test_precedence_environment_scale_recipe_default():
 
 def test_without_shards_the_scale_is_demo_and_says_why():
     cfg, notes = golf.load_config({})
-    assert cfg.scale == "demo" and "no train shards" in notes[0]
+    assert cfg.scale == "demo" and "train shards" in notes[0]
 
 
 def test_aliases_set_their_field_and_are_logged():

@@ -28,7 +28,7 @@ def test_round_trip_of_arbitrary_strings(tokenizer):
 
 
 def test_bytes_of_any_text_balance(tokenizer):
-    table = golf.byte_table(tokenizer)
+    table = golf.ByteTable(tokenizer)
     letters = st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])
 
     @given(st.text(letters, max_size=60) | st.text(" ab\n", max_size=60))
@@ -56,7 +56,7 @@ def test_prepared_shards_hold_every_document_once(workplace, data, text_folder):
 
 
 def test_control_and_unknown_pieces_are_worth_no_bytes(tokenizer):
-    table = golf.byte_table(tokenizer)
+    table = golf.ByteTable(tokenizer)
     for i in range(tokenizer.get_piece_size()):
         if tokenizer.is_control(i) or tokenizer.is_unknown(i):
             assert table.boundary[i] and table.base[i] == 0 and not table.space[i]
@@ -121,7 +121,7 @@ def shard(path, tokens=b"\x05\x00" * 10, magic=20240520, version=1, count=10):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (dict(magic=7), ["magic 7", "20240520"]), (dict(version=2), ["version 2"]),
+    (dict(magic=7), ["magic 7", "20240520 version 1"]), (dict(version=2), ["version 2"]),
     (dict(count=11), ["11 tokens", "1046", "1044"]), (dict(count=9), ["9 tokens"]),
     (dict(count=-1), ["-1 tokens"]), (dict(tokens=b""), ["10 tokens"])])
 def test_damaged_shards(tmp_path, damage, words):
@@ -133,8 +133,8 @@ def test_damaged_shards(tmp_path, damage, words):
 
 def test_a_shard_without_a_header_and_a_missing_one(tmp_path):
     (tmp_path / "short").write_bytes(b"abc")
-    for name in ("short", "missing"):
-        with pytest.raises(golf.RunError, match=name):
+    for name, error in (("short", golf.RunError), ("missing", FileNotFoundError)):
+        with pytest.raises(error, match=name):
             golf.open_shard(str(tmp_path / name))
 
 

@@ -20,7 +20,7 @@ def check(done, *words):
                                                               "TEXT_FILES"]),
     (dict(TRAIN_BATCH_TOKENS="64000000"), ["training tokens", "TRAIN_BATCH_TOKENS"]),
     (dict(VAL_TOKENS="10"), ["10 validation targets", "EVAL_SEQ_LEN=64"]),
-    (dict(LOGS_PATH="/proc/no"), ["LOGS_PATH=/proc/no"]),
+    (dict(LOGS_PATH="/proc/no"), ["/proc/no"]),
     (dict(LOAD_ARTIFACT="nowhere.ptz"), ["nowhere.ptz", "No such file"]),
     (dict(DEVICE="cuda"), ["DEVICE=cuda", "DEVICE=cpu"]),
     (dict(MATRIX_LR="1e30", SCALAR_LR="1e30", GRAD_CLIP_NORM="0"),

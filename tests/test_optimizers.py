@@ -6,11 +6,6 @@ import torch
 import train_gpt as golf
 
 
-class OneRank:
-    """The only rank of a run, as much of it as the optimizer reads."""
-    rank, world, is_main, device = 0, 1, True, torch.device("cpu")
-
-
 @pytest.mark.parametrize("shape", [(3, 24, 32), (2, 16, 48), (2, 48, 16), (1, 32, 8)])
 def test_newton_schulz_is_nearly_orthogonal(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -32,10 +27,10 @@ def test_every_parameter_is_in_exactly_one_group(tiny_model, recipe):
     assert all(p.ndim == 3 for p in banks)
 
 
-def test_a_step_equals_plain_muon_and_adamw(tiny_model):
+def test_a_step_equals_plain_muon_and_adamw(tiny_model, run):
     cfg, model = tiny_model(grad_clip_norm=0.5)
     _, plain = tiny_model(grad_clip_norm=0.5)
-    optimizer = golf.Optimizer(model, cfg, OneRank())
+    optimizer = golf.Optimizer(model, cfg, run)
     momenta = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
     lrs = dict(tok_emb=cfg.tied_embed_lr, bigram_emb=cfg.tied_embed_lr, value_emb=cfg.tied_embed_lr)
     adams = {n: torch.optim.AdamW([p], lr=lrs.get(n, cfg.scalar_lr), betas=(0.9, 0.95), eps=1e-8,

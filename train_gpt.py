@@ -41,10 +41,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-# Read when torch loads OpenMP: busy-waiting threads are many times slower on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# ruff: noqa: E402
 import constriction
 import numpy as np
 import safetensors.torch

@@ -1032,7 +1032,7 @@ class WeightAverage:
         self.average = [p.clone() for p in self.params]
 
     def update(self, before: float, after: float, lr_scale: float) -> None:
-        """Take the weights in; the step went from progress `before` to `after`, in [0, 1]."""
+        """Take the weights in, progress having gone from `before` to `after`, in [0, 1]."""
         cfg, steps = self.cfg, [x * self.cfg.schedule_steps for x in (before, after)]
         if cfg.averaging == "swa":
             due = steps[0] // cfg.swa_every != steps[1] // cfg.swa_every or not self.samples
@@ -1062,7 +1062,7 @@ class Trainer:
     def momentum(self, progress: float) -> float:
         """Muon's momentum, warmed up linearly."""
         cfg, done = self.cfg, progress * self.cfg.schedule_steps
-        part = min(1.0, done / cfg.muon_momentum_warmup_steps) if done else 0.0
+        part = min(1.0, done / max(1, cfg.muon_momentum_warmup_steps))
         return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
 
     def qat(self, progress: float) -> bool:
@@ -1120,16 +1120,16 @@ class Trainer:
         for number in DEFAULT_HANDLERS:
             signal.signal(number, self.request_stop)
         average = WeightAverage(self.model, self.cfg)
-        optimizer = Optimizer(self.model, self.cfg, self.run)
-        while self.may_continue():
-            before, started = self.progress(), self.run.sync()
-            loss = self.gradients(self.qat(before))
-            optimizer.step(self.lr_scale(before), self.momentum(before))
+        optimizer, now = Optimizer(self.model, self.cfg, self.run), 0.0
+        while self.may_continue():  # ranks agree on the time here, and so on `now`
+            before, now, started = now, self.progress(), self.run.sync()
+            loss = self.gradients(self.qat(now))
+            optimizer.step(self.lr_scale(now), self.momentum(now))
+            average.update(before, now, self.lr_scale(now))
             self.steps += 1
-            average.update(before, self.progress(), self.lr_scale(before))
             self.recent.append(self.run.sync() - started)
             self.elapsed += self.recent[-1]
-            self.report(before, loss.item())
+            self.report(before, now, loss.item())
         for number, handler in DEFAULT_HANDLERS.items():
             signal.signal(number, handler)
         if average.samples:
@@ -1137,21 +1137,22 @@ class Trainer:
         self.run.row("trained", steps=self.steps, train_seconds=round(self.elapsed, 3),
                      tokens=self.steps * self.cfg.train_batch_tokens, samples=average.samples,
                      averaged=self.cfg.averaging if average.samples else "none",
+                     averaged_steps=round(average.mass, 1),
                      peak_memory_bytes=self.run.peak_memory_bytes())
 
-    def report(self, before: float, loss: float) -> None:
-        """Log and validate where due since progress `before`; RunError for a loss that is NaN."""
+    def report(self, before: float, now: float, loss: float) -> None:
+        """Log and validate where due between two times of progress; RunError if the loss is NaN."""
         if self.run.slowest(float(not math.isfinite(loss)))[0]:
             raise RunError(f"step {self.steps}: the loss is not finite (last finite loss "
                            f"{self.last_loss:.4f}); lower MATRIX_LR, SCALAR_LR or GRAD_CLIP_NORM")
         self.last_loss = loss
         def due(every: int) -> bool:
-            marks = [x * self.cfg.schedule_steps // (every or 1) for x in (before, self.progress())]
+            marks = [x * self.cfg.schedule_steps // (every or 1) for x in (before, now)]
             return bool(every) and marks[0] != marks[1]
         if due(self.cfg.train_log_every) or self.steps == 1:
             average, tokens = self.elapsed / self.steps, self.cfg.train_batch_tokens
-            self.log_step("train", train_loss=self.last_loss, lr_scale=self.lr_scale(before),
-                          qat=int(self.qat(before)), step_avg=f"{1000 * average:.2f}ms",
+            self.log_step("train", train_loss=self.last_loss, lr_scale=self.lr_scale(now),
+                          qat=int(self.qat(now)), step_avg=f"{1000 * average:.2f}ms",
                           tokens_per_second=round(tokens / average))
         if due(self.cfg.val_loss_every):
             self.validate()

@@ -74,7 +74,7 @@ class Config:
     recipe: str = knob("golf", "ours (golf) or a submission's (pr889, pr806, pr890, pr1094)")
     scale: str = knob("auto", "the challenge's size or a laptop's", ["auto", "full", "demo"])
     run_id: str = knob("", "name of the run's files; empty: recipe-scale-seed")
-    seed: int = knob(1337, "seed of the initialization")
+    seed: int = knob(1337, "seed of the initialization", (0, 2**32 - 1))
     logs_path: str = knob("logs", "folder of logs, weights and artifacts")
     device: str = knob("auto", "auto takes CUDA where present", ["auto", "cpu", "cuda"])
     compile: str = knob("auto", "torch.compile; auto: on CUDA only", ["auto", "0", "1"])
@@ -171,7 +171,7 @@ class Config:
     ngram_ent_center: tuple[float, ...] = knob((4.0,), "nats; one, or one per order from 2", None)
     ngram_fallback: str = knob("network", "without a match", ["network", "unigram"])
     ngram_start_tokens: int = knob(0, "network alone until so many tokens are counted")
-    ngram_buckets: int = knob(2**22, "hashed: buckets of an order's table, a power of 2", POSITIVE)
+    ngram_buckets: int = knob(2**22, "hashed: buckets of an order's table", (1, 2**30))
     ngram_match: str = knob("context", "hashed: what counts as a match", ["context", "pair"])
     ngram_granularity: str = knob("window", "hashed: counts lag", ["token", "window", "batch"])
     ngram_history: str = knob("prefill", "hashed: a rank's start", ["prefill", "cold"])
@@ -265,6 +265,8 @@ def parse_value(name: str, text: str, kind: str, allowed):
     except (ValueError, KeyError):
         wanted = dict(bool="0 or 1", int="an integer", float="a number").get(kind, "numbers")
         raise RunError(f"{name}={text!r}: expected {wanted}") from None
+    if isinstance(value, tuple) and not all(abs(v) < 2**31 for v in value):
+        raise RunError(f"{name}={text}: numbers must be below {2**31}")
     if isinstance(allowed, list) and value not in allowed:
         raise RunError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
     if kind in ("int", "float") and not allowed[0] <= value <= allowed[1]:
@@ -310,8 +312,9 @@ def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
     if scale == "demo":  # the recipe's ratio of heads and fraction of rotated dims
         head_dim, sizes = cfg.model_dim // cfg.num_heads, DEMO | values
         heads = sizes["num_heads"]
-        cfg = replace(cfg, **DEMO, num_kv_heads=heads * cfg.num_kv_heads // cfg.num_heads,
-                      rope_dims=cfg.rope_dims * sizes["model_dim"] // heads // head_dim)
+        rotated = cfg.rope_dims * sizes["model_dim"] // heads // head_dim
+        cfg = replace(cfg, **DEMO, rope_dims=max(2, rotated // 2 * 2),
+                      num_kv_heads=max(1, heads * cfg.num_kv_heads // cfg.num_heads))
     run_id = f"{name}-{scale}-{values.get('seed', cfg.seed)}"
     cfg = replace(cfg, **(dict(run_id=run_id) | values | dict(scale=scale)))
     check_config(cfg)
@@ -330,8 +333,8 @@ def check_config(cfg: Config) -> None:
         (c.micro_batch_tokens % c.train_seq_len, "MICRO_BATCH_TOKENS", "divisible by TRAIN_SEQ_LEN",
          c.train_seq_len),
         (c.xsa_last_n > c.num_layers, "XSA_LAST_N", "at most NUM_LAYERS", c.num_layers),
-        (c.ve_enabled and not set(c.ve_layers) <= set(range(c.num_layers)), "VE_LAYERS",
-         "layers from 0 to below NUM_LAYERS", c.num_layers),
+        (c.ve_enabled and len(set(c.ve_layers) & set(range(c.num_layers))) < len(c.ve_layers),
+         "VE_LAYERS", "different layers from 0 to below NUM_LAYERS", c.num_layers),
         (c.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "0 or at least", 2),
         (c.ngram_min_order > c.ngram_max_order, "NGRAM_MIN_ORDER", "at most NGRAM_MAX_ORDER",
          c.ngram_max_order),
@@ -390,8 +393,7 @@ class Run:
         self.record: dict = collections.defaultdict(list)
         self.base, self.log_file = None, None
         self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
+        cuda and torch.cuda.set_device(self.device)
         alone = dict(store=dist.HashStore(), rank=0, world_size=1) if self.world == 1 else {}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone,
                                 timeout=timedelta(seconds=cfg.dist_timeout_seconds))
@@ -438,10 +440,10 @@ class Run:
                 raise RunError(error)
         return own if everywhere else all_ranks[0][1]
 
-    def slowest(self, *values: float) -> list[float]:
-        """Each value's maximum over the ranks (float64, exchanged through the CPU)."""
+    def over_ranks(self, operation, *values: float) -> list[float]:
+        """Each value's maximum or mean over the ranks (float64, exchanged through the CPU)."""
         numbers = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, operation)
         return numbers.tolist()
 
     def gather(self, part: Tensor, spans: list[tuple[int, int]]) -> Tensor | None:
@@ -498,12 +500,13 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     write_atomic(path, header.tobytes() + tokens.astype("<u2").tobytes())
 
 class TokenStream:
-    """The shards' tokens end to end, read cyclically; a shard's tokens are checked on first use."""
-    def __init__(self, paths: list[str], vocab_size: int):
-        self.paths, self.vocab_size = paths, vocab_size
+    """The shards' tokens end to end, read cyclically; each rank checks its share of the shards."""
+    def __init__(self, paths: list[str], vocab_size: int, rank: int = 0, world: int = 1):
         self.shards = [open_shard(p) for p in paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
-        self.checked: set[int] = set()
+        for path, shard in list(zip(paths, self.shards))[rank::world]:
+            if (top := int(shard.max())) >= vocab_size:
+                raise RunError(f"{path}: token {top} at {shard.argmax()}, not below {vocab_size}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -514,10 +517,6 @@ class TokenStream:
         while count > 0:
             start %= len(self)
             k = int(np.searchsorted(self.ends, start, side="right"))
-            if k not in self.checked and (top := int(self.shards[k].max())) >= self.vocab_size:
-                raise RunError(f"{self.paths[k]}: token {top} at {self.shards[k].argmax()}, but "
-                               f"the vocabulary has {self.vocab_size} pieces")
-            self.checked.add(k)
             first = start - (self.ends[k] - len(self.shards[k]))
             parts.append(self.shards[k][first:first + count].astype(np.int64))
             start, count = start + len(parts[-1]), count - len(parts[-1])
@@ -711,11 +710,12 @@ def load_data(cfg: Config, run: Run) -> Data:
         raise RunError(f"DATA_PATH={folder}: no *_{missing[0]}_*.bin shards there. Get the "
                        f"published ones with: {FETCH}; or set TEXT_FILES='your/text/*.txt'")
     tokenizer = load_tokenizer(model, cfg.vocab_size)
-    train = None if cfg.load_artifact else TokenStream(paths["train"], cfg.vocab_size)
+    own = cfg.vocab_size, run.rank, run.world
+    train = None if cfg.load_artifact else TokenStream(paths["train"], *own)
     if train and len(train) <= cfg.train_batch_tokens:
         raise RunError(f"{folder}: {len(train)} training tokens, a step needs "
                        f"{cfg.train_batch_tokens + 1}; lower TRAIN_BATCH_TOKENS or give more text")
-    val = TokenStream(paths["val"], cfg.vocab_size)
+    val = TokenStream(paths["val"], *own)
     targets = min(len(val) - 1, cfg.val_tokens or len(val))
     usable = targets // cfg.eval_seq_len * cfg.eval_seq_len  # the challenge scores whole windows
     if not usable:
@@ -1106,8 +1106,8 @@ class Trainer:
 
     def may_continue(self) -> bool:
         """Whether another step starts, the same answer on every rank: it must end under the cap."""
-        self.elapsed, slowest, stopping = self.run.slowest(
-            self.elapsed, max(self.recent, default=0.0), float(self.stopping))
+        self.elapsed, slowest, stopping = self.run.over_ranks(
+            dist.ReduceOp.MAX, self.elapsed, max(self.recent, default=0.0), float(self.stopping))
         if stopping:
             self.run.log(f"stop requested: training ends after {self.steps} steps")
         cap = self.cfg.max_wallclock_seconds
@@ -1142,7 +1142,8 @@ class Trainer:
 
     def report(self, before: float, now: float, loss: float) -> None:
         """Log and validate where due between two times of progress; RunError if the loss is NaN."""
-        if self.run.slowest(float(not math.isfinite(loss)))[0]:
+        loss = self.run.over_ranks(dist.ReduceOp.AVG, loss)[0]
+        if not math.isfinite(loss):
             raise RunError(f"step {self.steps}: the loss is not finite (last finite loss "
                            f"{self.last_loss:.4f}); lower MATRIX_LR, SCALAR_LR or GRAD_CLIP_NORM")
         self.last_loss = loss
@@ -1319,7 +1320,8 @@ def ans_decode(side: bytes, words: bytes, shapes: list[tuple[int, int]]) -> list
     """Inverse of ans_encode for int8 code arrays of the given (rows, cols); RunError on damage."""
     rows = sum(r for r, _ in shapes)
     clusters, histograms = np.frombuffer(side[:rows], np.uint8), side[rows:]
-    if len(histograms) != 2 * SYMBOLS * (int(clusters.max()) + 1) or len(words) % 4:
+    if len(histograms) != 2 * SYMBOLS * (int(clusters.max()) + 1) or len(words) % 4 or (
+            words and not any(words[-4:])):  # no encoder ends with a zero word
         raise RunError("artifact: the sizes of its code sections do not fit the network")
     models = ans_models(np.frombuffer(histograms, "<u2").reshape(-1, SYMBOLS))
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
@@ -1373,8 +1375,9 @@ def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
         check_config(cfg)
         table, vocabulary = tensor_table(cfg), str(header["vocabulary"])
         assert header["tensors"] == table and header["compressor"] in ("ans", "zstd", "lzma")
-        assert 0 <= int(header["section_bytes"]) <= len(body) - size and vocabulary
-    except (ValueError, KeyError, TypeError, AssertionError, RunError, RuntimeError):
+        assert type(header["section_bytes"]) is int and vocabulary
+        assert 0 <= header["section_bytes"] <= len(body) - size
+    except (ValueError, KeyError, TypeError, AssertionError, RunError, RuntimeError, OverflowError):
         raise RunError("artifact: its header describes none of this program's networks") from None
     return header, body[size:], cfg
 
@@ -1971,7 +1974,7 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> None:
 def main() -> int:
     """Run as the environment says; the exit status."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
+        print(help_text(), flush=True)
         return 0
     run, is_main = None, os.environ.get("RANK", "0") == "0"
     try:
@@ -1993,4 +1996,4 @@ def main() -> int:
             run.close()
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # not through the teardown of the collectives' threads, which can abort

@@ -71,5 +71,6 @@ def backoff_loss(tokens, logp, entropy, cfg, *, buckets=0, match="context", gran
         center = centers[0] if len(centers) == 1 else centers[max(0, chosen[0] - 2)]
         x = cfg.ngram_ent_scale * (entropy[target] - center)
         alpha = cfg.ngram_ent_base + cfg.ngram_ent_range / (1 + math.exp(-x))
+        alpha = alpha if cfg.ngram_entropy else cfg.ngram_alpha
         losses.append(-math.log(max(1e-12, (1 - alpha) * network + alpha * chosen[1])))
     return losses

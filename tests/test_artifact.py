@@ -1,6 +1,8 @@
 """Quantization and the artifact: identity, budgets, and damage that is always one clear error."""
 
+import hashlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -44,6 +46,37 @@ def test_unpack_gives_back_what_was_packed(tiny_model, compressor, bits, values)
     assert golf.pack(got, cfg, VOCABULARY) == blob
 
 
+SMALL = dict(model_dim=16, num_heads=2, num_kv_heads=1, num_layers=2, rope_dims=4, vocab_size=260,
+             bigram_vocab_size=8, bigram_dim=8, ve_dim=8, ve_layers=(1,), xsa_last_n=1)
+ROWS = {
+    "zeros": lambda row, scale: torch.zeros_like(row),
+    "constant": lambda row, scale: torch.full_like(row, scale),
+    "normal": lambda row, scale: scale * row,
+    "outlier": lambda row, scale: torch.cat([row[:-1], row.new_tensor([1000 * scale])])}
+
+
+@given(st.sampled_from(["ans", "zstd", "lzma"]), st.integers(2, 8), st.integers(2, 8),
+       st.lists(st.tuples(st.sampled_from(list(ROWS)), st.sampled_from(
+           [1.0, -0.02, 1e-9, 3e4, 1e34])), min_size=1, max_size=7), st.integers(0, 99))
+def test_unpack_gives_back_any_values(compressor, matrix_bits, embed_bits, kinds, seed):
+    """Rows of every kind, side by side, in every tensor; each within half a step if not clipped."""
+    cfg = golf.replace(golf.Config(), compressor=compressor, matrix_bits=matrix_bits,
+                       embed_bits=embed_bits, **SMALL)
+    model, generator = golf.GPT(cfg, None), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            rows = torch.randn(p.shape, generator=generator).view(-1, p.shape[-1])
+            p.copy_(torch.stack([ROWS[kind](row, scale) for row, (kind, scale) in zip(
+                rows, kinds * len(rows))]).view_as(p))
+    tensors, blob = packed(model, cfg)
+    _, got = golf.unpack(blob, golf.Config(), VOCABULARY)
+    assert list(got) == list(tensors)
+    for name, stored in tensors.items():
+        assert torch.equal(got[name].tensor(), stored.tensor()), name
+        assert stored.tensor().shape == dict(model.named_parameters())[name].shape
+        assert stored.limit == 0 or np.abs(stored.codes).max() <= stored.limit
+
+
 @given(st.data())
 @settings(max_examples=60)
 def test_ans_codes_of_any_shape(data):
@@ -70,11 +103,13 @@ def test_row_steps_are_no_worse_than_the_largest_value(seed, limit):
     assert (best <= error + 1e-9).all()
 
 
-def test_nan_is_refused(tiny_model):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["kv_bank", "tok_emb", "smear_gate"])
+def test_nan_and_infinity_are_refused(tiny_model, name, value):
     cfg, model = tiny_model()
     with torch.no_grad():
-        model.kv_bank[0, 0, 0] = torch.nan
-    with pytest.raises(golf.RunError, match="kv_bank has NaN"):
+        getattr(model, name).view(-1)[3] = value
+    with pytest.raises(golf.RunError, match=f"{name} has NaN or inf"):
         golf.quantize(dict(model.named_parameters()), cfg)
 
 
@@ -97,12 +132,10 @@ def test_rate_control_fits_the_budget(data, tiny_model):
         assert row["artifact_bytes"] == len(blob) and row["clip_floor"] > 0
 
 
-@pytest.fixture(scope="module")
-def blob():
+@pytest.fixture(scope="module", params=["ans", "zstd", "lzma"])
+def blob(request):
     """An artifact of a small network, for damaging."""
-    cfg = golf.replace(golf.Config(), model_dim=16, num_heads=2, num_kv_heads=1, num_layers=2,
-                       rope_dims=4, vocab_size=260, bigram_vocab_size=8, bigram_dim=8, ve_dim=8,
-                       ve_layers=(1,), xsa_last_n=1)
+    cfg = golf.replace(golf.Config(), compressor=request.param, **SMALL)
     return packed(golf.GPT(cfg, golf.sdpa_attention).initialize(0), cfg)[1]
 
 
@@ -124,32 +157,79 @@ def test_damage_is_one_clear_error(blob, data):
         golf.unpack(bad, golf.Config(), VOCABULARY)
 
 
-def resealed(blob, change):
-    """The artifact with its header changed and its hash made right again."""
+def opened(blob):
+    """(header, section, words) of an artifact."""
     size = golf.PREFIX.unpack_from(blob)[2]
     header = json.loads(blob[golf.PREFIX.size:golf.PREFIX.size + size])
-    change(header)
+    payload = blob[golf.PREFIX.size + size:]
+    return header, payload[:header["section_bytes"]], payload[header["section_bytes"]:]
+
+
+def sealed(header, section, words):
+    """An artifact of these parts, with the right hash."""
     text = json.dumps(header).encode()
-    body = text + blob[golf.PREFIX.size + size:]
-    digest = golf.hashlib.sha256(body).digest()
+    body = text + section + words
+    digest = hashlib.sha256(body).digest()
     return golf.PREFIX.pack(golf.MAGIC, golf.VERSION, len(text), digest) + body
 
 
+@given(st.data())
+@settings(max_examples=150)
+def test_a_forged_payload_is_numbers_or_one_clear_error(blob, data):
+    """Its hash is right, so that every check behind it is reached."""
+    header, section, words = opened(blob)
+    method = "lzma" if words else header["compressor"]
+
+    def spoil(part):
+        at = data.draw(st.integers(0, len(part)))
+        to = data.draw(st.sampled_from([at, at + 1, at + 4, len(part)]))
+        return part[:at] + data.draw(st.binary(max_size=8)) + part[to:]
+
+    kind = data.draw(st.sampled_from(["section", "words", "inside", "zero word", "no words"]))
+    if kind == "section":
+        section = spoil(section)
+    elif kind == "inside":
+        section = golf.compress(spoil(golf.decompress(section, method, 1 << 24)), method)
+    else:
+        words = dict(words=spoil(words)).get(kind, words + bytes(4) if "zero" in kind else b"")
+    header["section_bytes"] = len(section)
+    try:
+        _, tensors = golf.unpack(sealed(header, section, words), golf.Config(), VOCABULARY)
+    except golf.RunError as error:
+        assert str(error).startswith("artifact: ")
+    else:
+        assert all(torch.isfinite(t.tensor()).all() for t in tensors.values())
+
+
 @pytest.mark.parametrize("change", [
-    lambda h: h["architecture"].update(model_dim=1 << 40),
-    lambda h: h["architecture"].update(num_layers="__import__('os')"),
-    lambda h: h["architecture"].update(num_heads=3),
-    lambda h: h["architecture"].pop("num_layers"),
-    lambda h: h.update(tensors=h["tensors"][1:]),
-    lambda h: h.update(tensors=h["tensors"] + [["evil", [1], 0]]),
-    lambda h: h["tensors"][0].__setitem__(1, [1 << 40]),
-    lambda h: h.update(section_bytes=-1), lambda h: h.update(section_bytes=1 << 60),
-    lambda h: h.update(section_bytes=10), lambda h: h.update(compressor="pickle"),
-    lambda h: h.update(compressor="zstd"), lambda h: h.update(architecture=7),
-    lambda h: h.clear()])
-def test_lying_headers_are_refused(blob, change):
+    dict(model_dim=1 << 40), dict(num_layers="__import__('os')"), dict(num_heads=3),
+    dict(num_heads=0), dict(num_layers=None), dict(ve_layers=[1, 1]), dict(ve_layers=[7]),
+    dict(mlp_mult=math.nan), dict(mlp_mult=math.inf), dict(vocab_size=-1),
+    dict(matrix_bits=7), dict(ln_scale=3), dict(rope_dims=[])], ids=str)
+def test_another_architecture_is_refused(blob, change):
+    header, *payload = opened(blob)
+    header["architecture"].update(change)
     with pytest.raises(golf.RunError, match="^artifact: "):
-        golf.unpack(resealed(blob, change), golf.Config(), VOCABULARY)
+        golf.unpack(sealed(header, *payload), golf.Config(), VOCABULARY)
+
+
+@pytest.mark.parametrize("change", [
+    dict(section_bytes=-1), dict(section_bytes=1 << 60), dict(section_bytes=10),
+    dict(section_bytes="10"), dict(section_bytes=10.5), dict(section_bytes=math.inf),
+    dict(section_bytes=None), dict(vocabulary=None), dict(vocabulary=""), dict(tensors=[]),
+    dict(tensors=[["evil", [1], 0]]), dict(tensors=[["kv_bank", [1 << 40], 31]]),
+    dict(tensors="x"), dict(compressor="pickle"), dict(compressor=["ans"]), dict(architecture=7),
+    dict(architecture={}), dict(architecture=[])], ids=str)
+def test_lying_headers_are_refused(blob, change):
+    header, *payload = opened(blob)
+    with pytest.raises(golf.RunError, match="^artifact: "):
+        golf.unpack(sealed(header | change, *payload), golf.Config(), VOCABULARY)
+
+
+@pytest.mark.parametrize("header", [{}, [], None, 7, "x"])
+def test_headers_that_are_no_header_are_refused(blob, header):
+    with pytest.raises(golf.RunError, match="^artifact: "):
+        golf.unpack(sealed(header, *opened(blob)[1:]), golf.Config(), VOCABULARY)
 
 
 def test_other_version_vocabulary_and_file(blob):

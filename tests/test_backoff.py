@@ -3,15 +3,18 @@
 import pytest
 import reference
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt as golf
 
 
-def recipe_config(recipe, granularity=None):
+def recipe_config(recipe, granularity=None, **more):
     """The recipe's rule at a size where a thousand tokens fill several chunks."""
     env = dict(RECIPE=recipe, EVAL_SEQ_LEN="64", EVAL_STRIDE="2", VOCAB_SIZE="512",
                NGRAM_BUCKETS="128", NGRAM_START_TOKENS="100")
-    cfg, _ = golf.load_config(env | (dict(NGRAM_GRANULARITY=granularity) if granularity else {}))
+    env |= more | (dict(NGRAM_GRANULARITY=granularity) if granularity else {})
+    cfg, _ = golf.load_config(env)
     return cfg
 
 
@@ -22,30 +25,69 @@ def network(count):
     return logp, 6 * torch.rand(count, generator=generator, dtype=torch.float64)
 
 
+def agrees(tokens, cfg, span=None):
+    """Every rule of a configuration gives the reference's loss at each target."""
+    start, end = span or (0, len(tokens) - 1)
+    logp, entropy = network(end - start)
+    for name, rule in golf.backoff_rules(cfg).items():
+        part = golf.backoff_columns(rule.counted(tokens, (start, end), cfg), rule.match, cfg)
+        got = -golf.backoff_logp(logp, entropy, part, cfg)
+        begin = start if rule.cold else 0
+        first = rule.granularity if rule.cold and start else rule.first
+        want = reference.backoff_loss(
+            tokens[begin:end + 1].tolist(), [0.0] * (start - begin) + logp.tolist(),
+            [0.0] * (start - begin) + entropy.tolist(), cfg, buckets=rule.buckets,
+            match=rule.match, granularity=rule.granularity, first=first)[start - begin:]
+        assert torch.allclose(got, torch.tensor(want, dtype=torch.float64), atol=1e-9, rtol=0), name
+        assert not torch.allclose(got, -logp), name
+
+
 @pytest.mark.parametrize("recipe", golf.RECIPES)
 @pytest.mark.parametrize("granularity", ["token", "window", "batch"])
 def test_every_rule_on_real_text(data, recipe, granularity):
-    cfg = recipe_config(recipe, granularity)
-    tokens = data[2].val[:1001]
-    logp, entropy = network(1000)
-    for name, rule in golf.backoff_rules(cfg).items():
-        part = golf.backoff_columns(rule.counted(tokens, (0, 1000), cfg), rule.match, cfg)
-        got = -golf.backoff_logp(logp, entropy, part, cfg)
+    agrees(data[2].val[:1001], recipe_config(recipe, granularity))
+
+
+@pytest.mark.parametrize("recipe", golf.RECIPES)
+def test_a_rank_in_the_middle_scores_as_the_rule_says(data, recipe):
+    """From its span alone if the history is cold, else as one pass over everything before it."""
+    agrees(data[2].val[:1001], recipe_config(recipe), (414, 1000))
+
+
+@pytest.mark.parametrize("more", [
+    dict(NGRAM_ENTROPY="0", NGRAM_ALPHA="0.3"), dict(NGRAM_MIN_ORDER="4"),
+    dict(NGRAM_MIN_ORDER="7", NGRAM_FALLBACK="unigram"), dict(NGRAM_MIN_COUNT="5"),
+    dict(NGRAM_START_TOKENS="0", NGRAM_FALLBACK="unigram"), dict(NGRAM_MAX_ORDER="2"),
+    dict(NGRAM_MATCH="pair", NGRAM_FALLBACK="unigram"), dict(NGRAM_BUCKETS="1"),
+    dict(NGRAM_ENT_CENTER="1,2,3,4,5,6"), dict(NGRAM_HISTORY="cold", NGRAM_GRANULARITY="token"),
+    dict(NGRAM_PRIMES="7,11")], ids=str)
+def test_every_setting_of_the_rule(data, more):
+    agrees(data[2].val[:601], recipe_config("golf", **more), (100, 600))
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(0, 3),
+       st.sampled_from(["network", "unigram"]), st.sampled_from(["context", "pair"]))
+def test_rules_on_small_streams(tokens, start_tokens, fallback, match):
+    cfg = recipe_config("golf", NGRAM_START_TOKENS=str(start_tokens), NGRAM_FALLBACK=fallback,
+                        NGRAM_MATCH=match, NGRAM_BUCKETS="4", EVAL_SEQ_LEN="8", VOCAB_SIZE="260")
+    logp, entropy = network(len(tokens) - 1)
+    for rule in golf.backoff_rules(cfg).values():
+        counted = rule.counted(torch.tensor(tokens), (0, len(logp)), cfg)
+        got = golf.backoff_logp(logp, entropy, golf.backoff_columns(counted, rule.match, cfg), cfg)
         want = reference.backoff_loss(
-            tokens.tolist(), logp.tolist(), entropy.tolist(), cfg, buckets=rule.buckets,
-            match=rule.match, granularity=rule.granularity, first=rule.first)
-        assert torch.allclose(got, torch.tensor(want, dtype=torch.float64), atol=1e-9), name
-        assert not torch.allclose(got, -logp)
+            tokens, logp.tolist(), entropy.tolist(), cfg, buckets=rule.buckets, match=rule.match,
+            granularity=rule.granularity, first=rule.first)
+        assert torch.allclose(-got, torch.tensor(want, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("recipe", golf.RECIPES)
 def test_a_direct_scan_agrees_with_the_counts_at_the_target(data, recipe):
     cfg, tokens = recipe_config(recipe), data[2].val[:601]
     for rule in golf.backoff_rules(cfg).values():
-        for start, end in ((0, 600), (300, 600)):
+        for start, end in ((0, 600), (300, 600), (599, 600)):
             begin = start if rule.cold else 0
             counted = dict(rule.counted(tokens, (start, end), cfg))
-            for target in (start, start + 1, 363, 364, 471, 599):
+            for target in {start, min(start + 1, 599), *range(max(start, 361), 600, 17), 599}:
                 scanned = dict(rule.counted_for_all(tokens, target, begin, cfg))
                 for order in counted:
                     for a, b in zip(counted[order][:2], scanned[order][:2]):

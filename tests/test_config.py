@@ -1,37 +1,64 @@
 """Configuration: precedence, aliases, idle variables, and errors that help."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train_gpt as golf
 
-# Every variable that one of the four submissions' scripts reads.
-SUBMISSION_VARIABLES = """
-DATA_PATH TOKENIZER_PATH RUN_ID SEED VAL_BATCH_SIZE VAL_LOSS_EVERY TRAIN_LOG_EVERY ITERATIONS
-WARMDOWN_ITERS WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN EVAL_SEQ_LEN MAX_WALLCLOCK_SECONDS
-QK_GAIN_INIT VOCAB_SIZE NUM_LAYERS NUM_KV_HEADS MODEL_DIM NUM_HEADS MLP_MULT TIE_EMBEDDINGS
-ROPE_BASE LOGIT_SOFTCAP EMBED_LR HEAD_LR TIED_EMBED_LR TIED_EMBED_INIT_STD MATRIX_LR SCALAR_LR
-MUON_MOMENTUM MUON_BACKEND_STEPS MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS BETA1 BETA2
-ADAM_EPS GRAD_CLIP_NORM EVAL_STRIDE MTP_NUM_HEADS MTP_LOSS_WEIGHT MUON_BETA2 SWA_ENABLED SWA_EVERY
-MUON_WD ADAM_WD QAT_ENABLED BIGRAM_VOCAB_SIZE BIGRAM_DIM XSA_LAST_N ROPE_DIMS LN_SCALE DTG_ENABLED
-LATE_QAT_THRESHOLD VE_ENABLED VE_DIM VE_LAYERS VRL_ENABLED CONTROL_TENSOR_NAME_PATTERNS
-INT8_KEEP_FLOAT_FP32_NAME_PATTERNS NGRAM_ENABLED NGRAM_ORDER TTT_ENABLED TTT_LR TTT_EPOCHS
-TTT_MOMENTUM TTT_BATCH_SEQS TTT_FREEZE_BLOCKS NGRAM_CACHE NGRAM_MIN_ORDER NGRAM_MAX_ORDER
-NGRAM_BUCKETS NGRAM_MIN_COUNT NGRAM_ENTROPY NGRAM_ALPHA NGRAM_ENT_BASE NGRAM_ENT_RANGE
-NGRAM_ENT_CENTER NGRAM_ENT_SCALE RELU_SLOPE PAID_PREFIX_FILE PAID_PREFIX_CODEC DISTILL_ENABLED
-DISTILL_TEACHER_FRAC DISTILL_ALPHA DISTILL_TEMPERATURE TTT_MODE NGRAM_ENT_THRESH GATED_ATTENTION
-VALUE_RESIDUAL USE_NGRAM_MIXER ALPHA_BASE ALPHA_RANGE ALPHA_CENTER KG_LOSS_WEIGHT COMPLEMENT_ALPHA
-""".split()
+# Every variable that one of the four submissions' scripts reads, with a value of theirs.
+SUBMISSION_VARIABLES = dict(entry.split("=", 1) for entry in """
+DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model
+RUN_ID=seed1337 SEED=1337 VAL_BATCH_SIZE=524288 VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500
+ITERATIONS=20000 WARMDOWN_ITERS=3500 WARMUP_STEPS=20 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048
+EVAL_SEQ_LEN=2048 MAX_WALLCLOCK_SECONDS=600.0 QK_GAIN_INIT=1.5 VOCAB_SIZE=1024 NUM_LAYERS=11
+NUM_KV_HEADS=4 MODEL_DIM=512 NUM_HEADS=8 MLP_MULT=3.0 TIE_EMBEDDINGS=1 ROPE_BASE=10000.0
+LOGIT_SOFTCAP=30.0 EMBED_LR=0.6 HEAD_LR=0.008 TIED_EMBED_LR=0.035 TIED_EMBED_INIT_STD=0.005
+MATRIX_LR=0.025 SCALAR_LR=0.025 MUON_MOMENTUM=0.99 MUON_BACKEND_STEPS=5
+MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8
+GRAD_CLIP_NORM=0.3 EVAL_STRIDE=64 MTP_NUM_HEADS=2 MTP_LOSS_WEIGHT=0.1 MUON_BETA2=0.95 SWA_ENABLED=1
+SWA_EVERY=50 MUON_WD=0.04 ADAM_WD=0.04 QAT_ENABLED=0 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=128
+XSA_LAST_N=4 ROPE_DIMS=16 LN_SCALE=1 DTG_ENABLED=0 LATE_QAT_THRESHOLD=0.15 VE_ENABLED=1 VE_DIM=128
+VE_LAYERS=9,10 VRL_ENABLED=1 CONTROL_TENSOR_NAME_PATTERNS=attn_scale,attn_scales
+INT8_KEEP_FLOAT_FP32_NAME_PATTERNS=attn_scale NGRAM_ENABLED=1 NGRAM_ORDER=7 TTT_ENABLED=0
+TTT_LR=0.002 TTT_EPOCHS=3 TTT_MOMENTUM=0.9 TTT_BATCH_SEQS=32 TTT_FREEZE_BLOCKS=2 NGRAM_CACHE=1
+NGRAM_MIN_ORDER=2 NGRAM_MAX_ORDER=7 NGRAM_BUCKETS=4194304 NGRAM_MIN_COUNT=2 NGRAM_ENTROPY=1
+NGRAM_ALPHA=0.40 NGRAM_ENT_BASE=0.05 NGRAM_ENT_RANGE=0.55 NGRAM_ENT_CENTER=4.0 NGRAM_ENT_SCALE=2.0
+RELU_SLOPE=0.0 PAID_PREFIX_FILE= PAID_PREFIX_CODEC=lzma DISTILL_ENABLED=0 DISTILL_TEACHER_FRAC=0.65
+DISTILL_ALPHA=0.5 DISTILL_TEMPERATURE=2.0 TTT_MODE=preeval NGRAM_ENT_THRESH=4.0 GATED_ATTENTION=0
+VALUE_RESIDUAL=0 USE_NGRAM_MIXER=1 ALPHA_BASE=0.20 ALPHA_RANGE=0.55 ALPHA_CENTER=3.0
+KG_LOSS_WEIGHT=0.1 COMPLEMENT_ALPHA=0""".split())
+FIELDS = {f.name.upper(): f for f in golf.fields(golf.Config)}
+KNOWN = {**FIELDS, **golf.ALIASES}
+SIZES = dict(MODEL_DIM="512", NUM_HEADS="8", ROPE_DIMS="16")  # the challenge's, for heads to divide
 
 
-def test_every_variable_of_the_submissions_is_a_field_an_alias_or_logged_as_idle():
-    names = {f.name.upper() for f in golf.fields(golf.Config)} | set(golf.ALIASES)
-    for name in SUBMISSION_VARIABLES:
-        if name not in names:
-            _, notes = golf.load_config({name: "1"})
-            assert any(name in note and "no effect" in note for note in notes), name
+@pytest.mark.parametrize("name", SUBMISSION_VARIABLES)
+def test_every_variable_of_the_submissions_sets_a_field_or_is_logged_as_idle(name):
+    value = SUBMISSION_VARIABLES[name]
+    sizes = SIZES if name in SIZES else {}
+    cfg, notes = golf.load_config(dict(SCALE="full") | sizes | {name: value})
+    if name not in KNOWN:
+        assert any(f"variable {name} has no effect: " in note for note in notes)
+        return
+    field = golf.ALIASES.get(name, name.lower())
+    got = getattr(cfg, field)
+    assert str(got).strip("(),").replace(" ", "") == value or float(
+        got[0] if isinstance(got, tuple) else got) == float(value)
+    assert any(name in note for note in notes) == (name in golf.ALIASES)
+
+
+def test_all_variables_of_a_submission_at_once():
+    idle = [name for name in SUBMISSION_VARIABLES if name not in KNOWN]
+    env = {n: v for n, v in SUBMISSION_VARIABLES.items() if n not in golf.ALIASES}
+    _, notes = golf.load_config(env)
+    assert [n.split()[1] for n in notes if "no effect" in n] == sorted(idle)
 
 
 def test_precedence_environment_scale_recipe_default():
+    """SCALE's own fields yield to the environment and win over the recipe."""
+    cfg, _ = golf.load_config(dict(RECIPE="pr890", SCALE="demo", BIGRAM_DIM="8"))
+    assert (cfg.bigram_vocab_size, cfg.bigram_dim, cfg.mlp_mult, cfg.muon_wd) == (1024, 8, 3.5, .04)
     cfg, _ = golf.load_config(dict(RECIPE="pr890", SCALE="full"))
     assert (cfg.num_kv_heads, cfg.eval_stride, cfg.model_dim) == (8, 32, 512)
     cfg, _ = golf.load_config(dict(RECIPE="pr890", SCALE="demo"))
@@ -45,7 +72,8 @@ def test_precedence_environment_scale_recipe_default():
 
 def test_without_shards_the_scale_is_demo_and_says_why():
     cfg, notes = golf.load_config({})
-    assert cfg.scale == "demo" and "train shards" in notes[0]
+    assert cfg.scale == "demo" and notes[0].startswith("scale demo: ")
+    assert "train shards" in notes[0] and cfg.data_path in notes[0]
 
 
 def test_aliases_set_their_field_and_are_logged():
@@ -72,6 +100,19 @@ def test_aliases_set_their_field_and_are_logged():
     (dict(NGRAM_BUCKETS="1000"), ["NGRAM_BUCKETS=1000", "power of 2"]),
     (dict(NGRAM_ORDER="5", NGRAM_MAX_ORDER="6"), ["NGRAM_ORDER=5", "NGRAM_MAX_ORDER"]),
     (dict(ITERATIONS="0", MAX_WALLCLOCK_SECONDS="0"), ["ITERATIONS=0"]),
+    (dict(ROPE_DIMS="5"), ["ROPE_DIMS=5", "even"]),
+    (dict(ROPE_DIMS="512"), ["ROPE_DIMS=512", "at most"]),
+    (dict(XSA_LAST_N="12"), ["XSA_LAST_N=12", "NUM_LAYERS 11"]),
+    (dict(MICRO_BATCH_TOKENS="100"), ["MICRO_BATCH_TOKENS=100", "TRAIN_SEQ_LEN"]),
+    (dict(NGRAM_MIN_ORDER="9"), ["NGRAM_MIN_ORDER=9", "NGRAM_MAX_ORDER 7"]),
+    (dict(NGRAM_ENT_BASE="0.5"), ["NGRAM_ENT_BASE=0.5", "NGRAM_ENT_RANGE"]),
+    (dict(BIGRAM_VOCAB_SIZE="1"), ["BIGRAM_VOCAB_SIZE=1"]),
+    (dict(VE_LAYERS="9;10"), ["VE_LAYERS='9;10'", "numbers"]),
+    (dict(RUN_ID="a/b"), ["RUN_ID=a/b"]),
+    (dict(SCALE="tiny"), ["SCALE='tiny'", "full", "demo"]),
+    (dict(MATRIX_BITS="9"), ["MATRIX_BITS=9", "at most 8"]),
+    (dict(SEED="-1"), ["SEED=-1", "at least 0"]),
+    (dict(SCALE="demo", NUM_HEADS="1", NUM_KV_HEADS="0"), ["NUM_KV_HEADS=0", "at least 1"]),
     (dict(NGRAM_ODER="5"), ["NGRAM_ODER", "NGRAM_ORDER?"]),
     (dict(MODEL_DIMM="64"), ["MODEL_DIMM", "MODEL_DIM?"]),
     (dict(TRAIN_BATCH_TOKNES="4096"), ["TRAIN_BATCH_TOKENS?"]),
@@ -85,10 +126,63 @@ def test_a_bad_variable_is_one_line_that_names_it(env, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("env", [
+    dict(VE_LAYERS="9,9"), dict(SEED=str(2**32)), dict(SEED=str(2**70)),
+    dict(NGRAM_PRIMES=str(2**70)), dict(NGRAM_BUCKETS=str(2**40)), dict(NGRAM_ENT_CENTER="nan")],
+    ids=str)
+def test_a_value_that_no_run_could_use_is_refused(env):
+    """Each of these, accepted, ends a run with a traceback or with a wrong number."""
+    with pytest.raises(golf.RunError, match=next(iter(env))):
+        golf.load_config(env)
+
+
 def test_unrelated_variables_are_ignored():
     base, _ = golf.load_config({})
-    env = dict(HOME="/", SEEDS="1", OMP_NUM_THREADS="2", NCCL_IB_DISABLE="1", ITERATIONZZZ="2")
+    env = dict(HOME="/", SEEDS="1", OMP_NUM_THREADS="2", NCCL_IB_DISABLE="1", ITERATIONZZZ="2",
+               RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", BETA3="1", PATH="/bin", SCALES="x")
     assert golf.load_config(env)[0] == base
+
+
+@given(st.sampled_from([n for n in KNOWN if len(n) > 8]),
+       st.sampled_from("delete swap add".split()), st.integers(0, 7), st.sampled_from("AEZ_9"))
+@settings(max_examples=150)
+def test_one_slip_in_a_name_is_an_error(name, slip, at, letter):
+    swapped = name[:at] + name[at + 1] + name[at] + name[at + 2:]
+    typed = dict(delete=name[:at] + name[at + 1:], swap=swapped,
+                 add=name[:at] + letter + name[at:])[slip]
+    if typed in KNOWN:
+        return
+    with pytest.raises(golf.RunError, match=f"^unknown variable {typed}: did you mean [A-Z_0-9]+"):
+        golf.load_config({typed: "1"})
+
+
+NAMES = st.sampled_from(sorted(KNOWN))
+VALUES = st.sampled_from("0 1 2 3 7 16 64 4096 -1 0.5 1e9 nan inf x 4,5 demo full pr890".split())
+
+
+@given(st.dictionaries(NAMES, VALUES, max_size=3), st.sampled_from(["demo", "full", "auto"]))
+@settings(max_examples=1000)
+def test_any_values_give_a_configuration_or_one_clear_error(env, scale):
+    try:
+        cfg, _ = golf.load_config(dict(SCALE=scale) | env)
+    except golf.RunError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(type(getattr(cfg, n.lower())).__name__ == f.type.split("[")[0]
+                   for n, f in FIELDS.items())
+
+
+@given(st.sampled_from(list(golf.RECIPES)), st.integers(1, 64), st.integers(1, 16))
+@settings(max_examples=200)
+def test_demo_sizes_follow_width_and_heads(recipe, head_dim, heads):
+    """Only what the sizes make impossible is refused, and never with a crash."""
+    env = dict(SCALE="demo", RECIPE=recipe, MODEL_DIM=str(head_dim * heads), NUM_HEADS=str(heads))
+    try:
+        cfg, _ = golf.load_config(env)
+    except golf.RunError:
+        assert heads % 2 or head_dim % 8 or head_dim * heads < 8
+    else:
+        assert cfg.num_heads % cfg.num_kv_heads == 0 and cfg.rope_dims <= head_dim
 
 
 @pytest.mark.parametrize("recipe", golf.RECIPES)
@@ -100,5 +194,6 @@ def test_every_recipe_resolves_at_both_scales(recipe, scale):
 
 def test_help_lists_every_variable_and_recipe():
     text = golf.help_text()
-    for name in [f.name.upper() for f in golf.fields(golf.Config)] + list(golf.RECIPES):
-        assert name in text
+    for name in [*KNOWN, *golf.RECIPES, "DTG_ENABLED", "TTT_*"]:
+        assert name in text, name
+    assert all(f.metadata["meaning"] in text for f in FIELDS.values())

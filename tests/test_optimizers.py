@@ -6,11 +6,24 @@ import torch
 import train_gpt as golf
 
 
+def plain_newton_schulz(x, steps=5):
+    """One matrix (rows, columns), as Jordan's article has it, in float64."""
+    x = x.double() / x.double().norm()
+    if len(x) > len(x[0]):
+        return plain_newton_schulz(x.T, steps).T
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
 @pytest.mark.parametrize("shape", [(3, 24, 32), (2, 16, 48), (2, 48, 16), (1, 32, 8)])
 def test_newton_schulz_is_nearly_orthogonal(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(golf.newton_schulz(x, 5))
     assert singular.min() > 0.5 and singular.max() < 1.3
+    for matrix, got in zip(x, golf.newton_schulz(x, 5)):
+        assert torch.allclose(got.double(), plain_newton_schulz(matrix), atol=1e-4)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     cosine = torch.nn.functional.cosine_similarity(
         golf.newton_schulz(x, 5).flatten(), (u @ vh).flatten(), dim=0)
@@ -18,21 +31,28 @@ def test_newton_schulz_is_nearly_orthogonal(shape):
 
 
 @pytest.mark.parametrize("recipe", golf.RECIPES)
-def test_every_parameter_is_in_exactly_one_group(tiny_model, recipe):
+def test_every_parameter_is_in_exactly_one_group(recipe):
     cfg, _ = golf.load_config(dict(RECIPE=recipe, SCALE="demo"))
     model = golf.GPT(cfg, golf.sdpa_attention)
     banks, groups = golf.parameter_groups(model, cfg)
     owned = [id(p) for p in banks] + [id(p) for g in groups for p in g["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     assert all(p.ndim == 3 for p in banks)
+    lrs = {id(p): g["lr"] for g in groups for p in g["params"]}
+    assert lrs[id(model.tok_emb)] == cfg.tied_embed_lr
+    assert lrs[id(model.smear_gate)] == cfg.scalar_lr
+    if cfg.mtp_num_heads:
+        assert lrs[id(model.mtp_heads)] == cfg.head_lr
 
 
-def test_a_step_equals_plain_muon_and_adamw(tiny_model, run):
-    cfg, model = tiny_model(grad_clip_norm=0.5)
-    _, plain = tiny_model(grad_clip_norm=0.5)
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip):
+    cfg, model = tiny_model(grad_clip_norm=clip, mtp_num_heads=1)
+    _, plain = tiny_model(mtp_num_heads=1)
     optimizer = golf.Optimizer(model, cfg, run)
     momenta = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
-    lrs = dict(tok_emb=cfg.tied_embed_lr, bigram_emb=cfg.tied_embed_lr, value_emb=cfg.tied_embed_lr)
+    lrs = dict(tok_emb=cfg.tied_embed_lr, bigram_emb=cfg.tied_embed_lr, value_emb=cfg.tied_embed_lr,
+               mtp_heads=cfg.head_lr)
     adams = {n: torch.optim.AdamW([p], lr=lrs.get(n, cfg.scalar_lr), betas=(0.9, 0.95), eps=1e-8,
                                   weight_decay=cfg.adam_wd)
              for n, p in plain.named_parameters() if n not in golf.BANKS}
@@ -44,7 +64,7 @@ def test_a_step_equals_plain_muon_and_adamw(tiny_model, run):
         optimizer.step(0.7, 0.9)
         norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
         for n, p in plain.named_parameters():
-            grad = grads[n] * min(1, 0.5 / norm)
+            grad = grads[n] * (min(1, clip / norm) if clip else 1)
             if n in adams:
                 p.grad = grad
                 adams[n].param_groups[0]["lr"] = 0.7 * lrs.get(n, cfg.scalar_lr)
@@ -52,13 +72,14 @@ def test_a_step_equals_plain_muon_and_adamw(tiny_model, run):
                 continue
             momenta[n] = 0.9 * momenta[n] + grad
             for i in range(len(p)):
-                direction = golf.newton_schulz((grad + 0.9 * momenta[n])[i:i + 1], 5)[0]
+                direction = plain_newton_schulz((grad + 0.9 * momenta[n])[i]).float()
                 scale = max(1, p.shape[1] / p.shape[2]) ** 0.5
                 with torch.no_grad():
                     p[i] *= 1 - 0.7 * cfg.matrix_lr * cfg.muon_wd
                     p[i] -= 0.7 * cfg.matrix_lr * scale * direction
     for (n, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
         assert torch.allclose(a, b, atol=2e-5), n
+        assert a.grad is None
 
 
 def test_micro_batches_divide_a_ranks_share():

@@ -24,7 +24,7 @@ def test_the_challenge_has_969057_windows():
     assert sum(1 for _ in golf.windows(62_021_632, 2048, 64)) == 969_057
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 12))
 def test_ranks_share_all_batches_and_spans_tile(count, stride, batch, world):
     cfg = golf.replace(golf.Config(), eval_seq_len=10, eval_batch_windows=batch)
     num_targets = 10 * count
@@ -73,9 +73,41 @@ def test_log1m_of_a_hint_that_is_nearly_certain():
     assert abs(float(log1m) - float(exact)) < 1e-5 and abs(float(logp)) < 1e-12
 
 
+def test_the_distribution_at_a_target_is_the_one_that_was_scored(data, tiny_model):
+    cfg, run, corpus = data
+    _, model = tiny_model()
+    neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
+    columns = neural.columns()
+    for target in (0, 1, 63, 64, 79, 80, 1000, len(corpus.val) - 2):
+        logp = neural.distribution(target)
+        assert abs(float(logp.exp().sum()) - 1) < 1e-12
+        assert abs(float(logp[corpus.val[target + 1]] - columns.logp[target])) < 1e-5
+        assert abs(float(-(logp.exp() * logp).sum() - columns.entropy[target])) < 1e-5
+
+
+def test_batches_and_ranks_do_not_change_a_score(data, tiny_model, run):
+    """Windows alone or together, the last batch filled up, one rank or five: the same scores."""
+    cfg, _, corpus = data
+    _, model = tiny_model()
+    corpus = golf.Data(corpus.tokenizer, corpus.table, None, corpus.val[:643], corpus.corpus)
+    want = golf.NeuralPass(model, corpus, cfg, run, 16).columns().logp
+    for size in (1, 3, 64):
+        config = golf.replace(cfg, eval_batch_windows=size)
+        got = golf.NeuralPass(model, corpus, config, run, 16).columns().logp
+        assert torch.allclose(got, want, atol=1e-5, rtol=0)
+    neural, parts = golf.NeuralPass(model, corpus, cfg, run, 16), []
+    neural.grid = golf.Grid(642, cfg, 16, 5)
+    neural.grid.batches, spans = [], list(zip(neural.grid.batches, neural.grid.spans))
+    for batches, (start, end) in spans:
+        neural.grid.batches, neural.start, neural.end = [batches], start, end
+        parts.append(neural.columns().logp)
+    assert torch.equal(torch.cat(parts), want)
+
+
 def test_threads_do_not_change_a_bit(data, tiny_model):
     cfg, run, corpus = data
     _, model = tiny_model()
+    corpus = golf.Data(corpus.tokenizer, corpus.table, None, corpus.val[:513], corpus.corpus)
     neural, threads = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride), []
     before = torch.get_num_threads()
     for count in (1, 2):

@@ -80,7 +80,7 @@ def test_tokenizers(workplace, run, shards, tmp_path):
     refused(workplace, run, "nowhere.model", "No such file",
             **good | dict(TOKENIZER_PATH="nowhere.model"))
     refused(workplace, run, str(tmp_path), **good | dict(TOKENIZER_PATH=str(tmp_path)))
-    refused(workplace, run, "not below 512", "VOCAB_SIZE is 600", **good | dict(VOCAB_SIZE="600"))
+    refused(workplace, run, "512 pieces", "VOCAB_SIZE is 600", **good | dict(VOCAB_SIZE="600"))
 
 
 def test_unwritable_folders(workplace, run):

@@ -63,7 +63,7 @@ def test_bytes_of_each_document_of_the_validation_stream(data):
     tokens = torch.from_numpy(stream.read(0, len(stream)))
     counted = corpus.table.target_bytes(torch.cat([tokens[:1], tokens]))
     starts = torch.cat([torch.nonzero(tokens == golf.BOS)[:, 0], torch.tensor([len(tokens)])])
-    assert len(starts) > 3
+    assert len(starts) >= 2 and int(counted.sum()) > 1000
     for start, end in zip(starts, starts[1:]):
         text = corpus.tokenizer.decode(tokens[start + 1:end].tolist())
         assert int(counted[start:end].sum()) == len(text.encode())

@@ -8,7 +8,6 @@
     RECIPE=pr1094 python train_gpt.py                         one of the four public submissions
     LOAD_ARTIFACT=logs/x.int6.ptz python train_gpt.py         evaluation alone
     python train_gpt.py --help                                every variable and recipe
-
 Everything is set by environment variables; the last line that a run prints is its `final` line.
 Units are in names (`_seconds`, `_bytes`, `_tokens`); shapes in comments use B windows, T tokens of
 a window, C model_dim, H heads, D head_dim, L layers, V vocabulary, N targets.
@@ -16,41 +15,17 @@ a window, C model_dim, H heads, D head_dim, L layers, V vocabulary, N targets.
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import fnmatch
-import functools
-import glob
-import hashlib
-import importlib
-import io
-import json
-import lzma
-import math
-import operator
-import os
-import platform
-import resource
-import signal
-import struct
-import subprocess
-import sys
-import time
-import typing
+# ruff: noqa: E401
+import collections, contextlib, copy, difflib, fnmatch, glob, hashlib, importlib, itertools, json
+import lzma, math, os, platform, resource, signal, struct, subprocess, sys, time, typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-import constriction
-import numpy as np
-import safetensors.torch
-import sentencepiece
-import torch
+import constriction, numpy as np, safetensors.torch, sentencepiece, torch, zstandard
 import torch.distributed as dist
 import torch.nn.functional as F
-import zstandard
 from torch import Tensor, nn
-from tqdm import tqdm
 
 # PyTorch 2.13 renames two collectives; before, only the old names exist.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -63,14 +38,14 @@ class RunError(Exception):
 NONNEGATIVE, POSITIVE, FRACTION = (0, math.inf), (1, math.inf), (0, 1)
 
 def knob(default, meaning: str, allowed=NONNEGATIVE):
-    """A field of Config; `allowed` is an inclusive (low, high) range or a list of choices."""
+    """A field of Config; allowed: an inclusive (low, high) range, for text a list of choices."""
+    allowed = [] if default == str(default) and allowed is NONNEGATIVE else allowed
     return field(default=default, metadata=dict(meaning=meaning, allowed=allowed))
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. The environment variable is the field's name in capitals."""
 
-    # run
     recipe: str = knob("golf", "ours (golf) or a submission's (pr889, pr806, pr890, pr1094)")
     scale: str = knob("auto", "the challenge's size or a laptop's", ["auto", "full", "demo"])
     run_id: str = knob("", "name of the run's files; empty: recipe-scale-seed")
@@ -83,14 +58,12 @@ class Config:
     author: str = knob("", "author, for submission.json")
     github_id: str = knob("", "author's GitHub name, for submission.json")
     debug: bool = knob(False, "1: tracebacks instead of one-line errors")
-    # data
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of shards")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "their tokenizer")
     text_files: str = knob("", "globs of UTF-8 text separated by ':'; each file is a document")
     prepared_path: str = knob("data", "folder for tokenizers and shards made from text")
     vocab_size: int = knob(1024, "pieces of the tokenizer", (260, 65536))
     val_tokens: int = knob(0, "validation targets to score; 0: all")
-    # model
     num_layers: int = knob(11, "blocks", (2, 256))
     model_dim: int = knob(512, "width", (8, 65536))
     num_heads: int = knob(8, "query heads", POSITIVE)
@@ -107,12 +80,11 @@ class Config:
     bigram_dim: int = knob(128, "its width", POSITIVE)
     ve_enabled: bool = knob(True, "value embedding on ve_layers")
     ve_dim: int = knob(128, "its width", POSITIVE)
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers with a value embedding", None)
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers with a value embedding")
     xsa_last_n: int = knob(11, "last layers with exclusive self-attention (XSA)")
     value_residual: bool = knob(False, "mix every layer's values with the first layer's")
     mtp_num_heads: int = knob(0, "multi-token prediction heads; trained, not exported", (0, 16))
     mtp_loss_weight: float = knob(0.2, "weight of their mean loss")
-    # training
     iterations: int = knob(20000, "most training steps")
     max_wallclock_seconds: float = knob(600.0, "cap on training time; 0: none")
     train_batch_tokens: int = knob(786432, "tokens a step, over all ranks", POSITIVE)
@@ -130,7 +102,6 @@ class Config:
     swa_every: int = knob(200, "steps between SWA samples, once the lr scale is < 0.5", POSITIVE)
     qat_enabled: bool = knob(False, "quantization-aware training (QAT) from the start")
     late_qat_threshold: float = knob(0.15, "QAT once the lr scale is below; 0: never", FRACTION)
-    # optimizers
     matrix_lr: float = knob(0.025, "Muon's lr")
     scalar_lr: float = knob(0.025, "AdamW's lr of vectors")
     tied_embed_lr: float = knob(0.035, "AdamW's lr of embeddings and tied head")
@@ -145,20 +116,21 @@ class Config:
     adam_eps: float = knob(1e-8, "AdamW's epsilon", FRACTION)
     adam_wd: float = knob(0.04, "AdamW's decoupled weight decay")
     grad_clip_norm: float = knob(0.3, "largest norm of the averaged gradient; 0: no clipping")
-    # artifact
     matrix_bits: int = knob(6, "bits of a matrix code", (2, 8))
     embed_bits: int = knob(8, "bits of an embedding code", (2, 8))
     compressor: str = knob("ans", "entropy coder of the codes", ["ans", "zstd", "lzma", "auto"])
     artifact_bytes: int = knob(16_000_000, "budget for code + artifact", POSITIVE)
     load_artifact: str = knob("", "evaluate this artifact; no training")
-    # evaluation
     eval_seq_len: int = knob(2048, "tokens of a window", (2, 10**6))
     eval_stride: int = knob(64, "targets a window scores", POSITIVE)
     eval_batch_windows: int = knob(128, "windows of a batch", POSITIVE)
     max_eval_seconds: float = knob(600.0, "budget of the evaluation", POSITIVE)
-    # scoring
-    scoring: str = knob("backoff", "headline score", ["neural", "backoff"])
+    scoring: str = knob("calibrated", "headline", ["neural", "backoff", "calibrated"])
     ngram_table: str = knob("exact", "keys of the backoff headline", ["exact", "hashed"])
+    audit: str = knob("1", "check the score; strict: exit 3 if one fails", ["0", "1", "strict"])
+    mixer_max_order: int = knob(12, "longest n-gram of the calibrated mixer", (4, 64))
+    mixer_chunk_tokens: int = knob(8192, "targets between updates of its tables", POSITIVE)
+    save_neural_pass: str = knob("", "file (.npz) for the neural pass, for bench/mixers.py")
     ngram_enabled: bool = knob(True, "mix with n-grams at all")
     ngram_min_order: int = knob(2, "shortest n-gram of the backoff", (2, 64))
     ngram_max_order: int = knob(7, "longest n-gram of the backoff", (2, 64))
@@ -168,7 +140,7 @@ class Config:
     ngram_ent_base: float = knob(0.05, "alpha = base + range*sigmoid(scale*(H-center))", FRACTION)
     ngram_ent_range: float = knob(0.55, "see ngram_ent_base", FRACTION)
     ngram_ent_scale: float = knob(2.0, "see ngram_ent_base")
-    ngram_ent_center: tuple[float, ...] = knob((4.0,), "nats; one, or one per order from 2", None)
+    ngram_ent_center: tuple[float, ...] = knob((4.0,), "nats; one, or one per order from 2")
     ngram_fallback: str = knob("network", "without a match", ["network", "unigram"])
     ngram_start_tokens: int = knob(0, "network alone until so many tokens are counted")
     ngram_buckets: int = knob(2**22, "hashed: buckets of an order's table", (1, 2**30))
@@ -176,40 +148,42 @@ class Config:
     ngram_granularity: str = knob("window", "hashed: counts lag", ["token", "window", "batch"])
     ngram_history: str = knob("prefill", "hashed: a rank's start", ["prefill", "cold"])
     ngram_primes: tuple[int, ...] = knob(
-        (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens", None)
+        (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens")
+
+FIELDS = {f.name: f for f in fields(Config)}
 
 # Other names of fields in the submissions' scripts.
-ALIASES = dict(
-    VRL_ENABLED="value_residual", NGRAM_ORDER="ngram_max_order", NGRAM_CACHE="ngram_enabled",
-    USE_NGRAM_MIXER="ngram_enabled", ALPHA_BASE="ngram_ent_base", ALPHA_RANGE="ngram_ent_range",
-    ALPHA_CENTER="ngram_ent_center")
+ALIASES = dict(VRL_ENABLED="value_residual", NGRAM_ORDER="ngram_max_order",
+               NGRAM_CACHE="ngram_enabled", USE_NGRAM_MIXER="ngram_enabled",
+               ALPHA_BASE="ngram_ent_base", ALPHA_RANGE="ngram_ent_range",
+               ALPHA_CENTER="ngram_ent_center")
 
 # The four submissions: values that differ from Config's defaults, which are `golf`, ours.
-RECIPES: dict[str, dict] = {
+RECIPES = {
     "golf": {},
-    "pr889": dict(xsa_last_n=4, value_residual=True, compressor="lzma", ngram_table="hashed",
-                  ngram_history="cold", schedule_steps=6760,
+    "pr889": dict(xsa_last_n=4, value_residual=True, compressor="lzma", scoring="backoff",
+                  ngram_table="hashed", ngram_history="cold", schedule_steps=6760,
                   ngram_primes=(36313, 27191, 51647, 81929, 131071, 175447, 209591)),
     "pr806": dict(relu_slope=0.9, ve_enabled=False, xsa_last_n=0, rope_dims=64, ln_scale=False,
                   warmdown_iters=3000, averaging="swa", late_qat_threshold=0.0, compressor="zstd",
-                  ngram_table="hashed", schedule_steps=7185),
+                  schedule_steps=7185, scoring="backoff", ngram_table="hashed"),
     "pr890": dict(num_kv_heads=8, mlp_mult=3.5, bigram_vocab_size=4096, late_qat_threshold=0.5,
                   matrix_bits=5, compressor="zstd", eval_stride=32, ngram_max_order=9,
                   ngram_ent_center=(4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6), schedule_steps=5180,
-                  ngram_table="hashed", ngram_match="pair", ngram_primes=(
+                  scoring="backoff", ngram_table="hashed", ngram_match="pair", ngram_primes=(
                       36313, 27191, 51647, 81929, 131071, 174763, 233017, 299993, 350377)),
     "pr1094": dict(relu_slope=0.75, xsa_last_n=4, mtp_num_heads=2, mtp_loss_weight=0.1,
                    matrix_lr=0.027, warmdown_iters=3700, late_qat_threshold=0.0,
                    compressor="lzma", ngram_max_order=10, ngram_min_count=1, ngram_ent_base=0.2,
                    ngram_ent_center=(3.0,), ngram_fallback="unigram", ngram_start_tokens=5000,
-                   ngram_table="hashed", ngram_granularity="batch", schedule_steps=7020),
-}
+                   scoring="backoff", ngram_table="hashed", ngram_granularity="batch",
+                   schedule_steps=7020)}
 
 # A laptop's sizes: 11 layers still, about two minutes of training on 2 cores.
 DEMO = dict(model_dim=128, num_heads=4, train_seq_len=256, eval_seq_len=256,
             train_batch_tokens=4096, bigram_vocab_size=1024, bigram_dim=32, ve_dim=32,
             val_tokens=131072, max_wallclock_seconds=120.0, warmup_steps=2, eval_batch_windows=16,
-            val_batch_size=32768)
+            val_batch_size=32768, mixer_chunk_tokens=1024)
 
 # What determines the network's function: the artifact's header holds these and nothing else.
 ARCHITECTURE = """matrix_bits embed_bits vocab_size num_layers model_dim num_heads num_kv_heads
@@ -226,88 +200,61 @@ WITHOUT_EFFECT = {
     "GATED_ATTENTION": "off in every submission", "COMPLEMENT_ALPHA": "0 in #1094",
     "NGRAM_ENT_THRESH": "read by #890, used nowhere", "DISTILL_*": "dead code in #806",
     "KG_LOSS_WEIGHT": "its code is absent from #1094", "PAID_PREFIX_*": "dead code in #806",
-    "CONTROL_TENSOR_NAME_PATTERNS": "tensors are classed by what they are, not by name patterns",
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "as CONTROL_TENSOR_NAME_PATTERNS",
-    "TIE_EMBEDDINGS": "always tied, as in every submission", "EMBED_LR": "as TIE_EMBEDDINGS",
+    "CONTROL_TENSOR_NAME_PATTERNS": "tensors are classed by what they are, not by names",
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "tensors are classed by what they are, not by names",
+    "TIE_EMBEDDINGS": "always tied", "EMBED_LR": "always tied: TIED_EMBED_LR",
     "TTT_*": "training on validation text is no part of this system"}
 
-def edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions, substitutions and swaps of neighbours that turn `a` into `b`."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            cost = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                cost = min(cost, rows[-2][j - 2] + 1)
-            row.append(cost)
-        rows.append(row)
-    return rows[-1][-1]
-
-def check_names(env: typing.Mapping[str, str], known: dict[str, str]) -> None:
-    """RunError for a variable that is nearly a known name: a typing mistake."""
-    for name in env.keys() - known.keys() - WITHOUT_EFFECT.keys():
-        most = 0 if len(name) < 8 else 1 if len(name) < 12 else 2
-        for near in known if most else ():
-            if abs(len(near) - len(name)) <= most and edit_distance(name, near) <= most:
-                raise RunError(f"unknown variable {name}: did you mean {near}?")
-
-def parse_value(name: str, text: str, kind: str, allowed):
-    """The variable's value as its field's type; RunError names variable, value, what is allowed."""
-    item = float if "float" in kind else int
+def parse_value(name: str, text: str):
+    """The value of a field of Config; RunError names the variable, its value, what is allowed."""
+    kind, allowed = FIELDS[name].type, FIELDS[name].metadata["allowed"]
+    item, wanted = (float, "a number") if "float" in kind else (int, "an integer")
     try:
         if kind == "bool":
-            value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+            wanted = "0 or 1"
+            return {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+        if kind == "str":
+            value, fits, wanted = text, not allowed or text in allowed, ", ".join(allowed)
         elif kind.startswith("tuple"):
+            wanted = "numbers below 2^31, separated by ','"
             value = tuple(item(part) for part in text.split(",") if part.strip())
+            fits = all(abs(v) < 2**31 for v in value)
         else:
-            value = text if kind == "str" else item(text)
+            value, (low, high) = item(text), allowed
+            fits, wanted = low <= value <= high, f"{wanted} from {low:g} to {high:g}"
     except (ValueError, KeyError):
-        wanted = dict(bool="0 or 1", int="an integer", float="a number").get(kind, "numbers")
-        raise RunError(f"{name}={text!r}: expected {wanted}") from None
-    if isinstance(value, tuple) and not all(abs(v) < 2**31 for v in value):
-        raise RunError(f"{name}={text}: numbers must be below {2**31}")
-    if isinstance(allowed, list) and value not in allowed:
-        raise RunError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-    if kind in ("int", "float") and not allowed[0] <= value <= allowed[1]:
-        top = "" if allowed[1] == math.inf else f" and at most {allowed[1]:g}"
-        raise RunError(f"{name}={value}: must be at least {allowed[0]:g}{top}")
+        fits = False
+    if not fits: raise RunError(f"{name.upper()}={text!r}: expected {wanted}")
     return value
 
 def read_environment(env: typing.Mapping[str, str]) -> tuple[dict, list[str]]:
-    """({field: value} set by the environment, log lines about aliases and idle variables)."""
-    by_name = {f.name: f for f in fields(Config)}
-    known = {name.upper(): name for name in by_name} | ALIASES
-    check_names(env, known)
-    values, notes = {}, []
+    """({field: value} from the environment, log lines); RunError for a bad or mistyped variable."""
+    known, values, notes = {name.upper(): name for name in FIELDS} | ALIASES, {}, []
     for name in sorted(env):
         if name in known:
-            f = by_name[known[name]]
-            value = parse_value(name, env[name], f.type, f.metadata["allowed"])
-            if values.setdefault(f.name, value) != value:
-                raise RunError(f"{name}={value}: {f.name.upper()} is also set to {values[f.name]}")
-            notes += [f"variable {name} sets {f.name.upper()}"] if name in ALIASES else []
-        notes += [f"variable {name} has no effect: {reason}"
-                  for idle, reason in WITHOUT_EFFECT.items() if fnmatch.fnmatchcase(name, idle)]
+            value = parse_value(known[name], env[name])
+            if values.setdefault(known[name], value) != value:
+                raise RunError(f"{name}={value}: {known[name].upper()} is set to another value")
+            notes += [f"variable {name} sets {known[name].upper()}"] if name in ALIASES else []
+            continue
+        idle = [reason for key, reason in WITHOUT_EFFECT.items() if fnmatch.fnmatchcase(name, key)]
+        notes += [f"variable {name} has no effect: {reason}" for reason in idle]
+        edits = 0 if idle or len(name) < 8 else 1 if len(name) < 12 else 2
+        similar = difflib.get_close_matches(name, known, 1, 1 - edits / len(name))
+        if edits and similar and abs(len(similar[0]) - len(name)) <= edits:
+            raise RunError(f"unknown variable {name}: did you mean {similar[0]}?")
     return values, notes
 
-def choose_scale(values: dict) -> tuple[str, str]:
-    """(scale, reason): the requested one, or full where CUDA and shards are present."""
-    path = values.get("data_path", Config.data_path)
-    if values.get("scale", "auto") != "auto":
-        return values["scale"], "SCALE is set"
-    if not find_shards(path, "train") or not torch.cuda.is_available():
-        return "demo", f"CUDA and train shards at {path} are not both present"
-    return "full", f"CUDA and train shards at {path} are present"
-
 def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
-    """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults. RunError for a
-    near-miss name, a value that does not parse or is out of range, a contradiction."""
+    """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults."""
     values, notes = read_environment(env)
-    name = values.get("recipe", Config.recipe)
-    if name not in RECIPES:
-        raise RunError(f"RECIPE={name!r}: allowed are {', '.join(RECIPES)}")
-    scale, reason = choose_scale(values)
+    name, path = values.get("recipe", Config.recipe), values.get("data_path", Config.data_path)
+    if name not in RECIPES: raise RunError(f"RECIPE={name!r}: allowed are {', '.join(RECIPES)}")
+    scale, reason = values.get("scale", "auto"), "SCALE is set"
+    if scale == "auto":
+        full = torch.cuda.is_available() and find_shards(path, "train")
+        scale, neither = ("full", "") if full else ("demo", "not both ")
+        reason = f"CUDA and train shards at {path} are {neither}present"
     cfg = replace(Config(), **RECIPES[name])
     if scale == "demo":  # the recipe's ratio of heads and fraction of rotated dims
         head_dim, sizes = cfg.model_dim // cfg.num_heads, DEMO | values
@@ -323,46 +270,42 @@ def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
 def check_config(cfg: Config) -> None:
     """RunError for values that contradict each other."""
     c, head_dim, orders = cfg, cfg.model_dim // cfg.num_heads, cfg.ngram_max_order - 1
-    checks = [
-        (c.model_dim % c.num_heads, "MODEL_DIM", "divisible by NUM_HEADS", c.num_heads),
-        (c.num_heads % c.num_kv_heads, "NUM_HEADS", "divisible by NUM_KV_HEADS", c.num_kv_heads),
-        (c.rope_dims % 2 or c.rope_dims > head_dim, "ROPE_DIMS", "even, at most", head_dim),
-        (c.eval_stride > c.eval_seq_len, "EVAL_STRIDE", "at most EVAL_SEQ_LEN", c.eval_seq_len),
-        (c.train_batch_tokens % c.train_seq_len, "TRAIN_BATCH_TOKENS", "divisible by TRAIN_SEQ_LEN",
-         c.train_seq_len),
-        (c.micro_batch_tokens % c.train_seq_len, "MICRO_BATCH_TOKENS", "divisible by TRAIN_SEQ_LEN",
-         c.train_seq_len),
-        (c.xsa_last_n > c.num_layers, "XSA_LAST_N", "at most NUM_LAYERS", c.num_layers),
-        (c.ve_enabled and len(set(c.ve_layers) & set(range(c.num_layers))) < len(c.ve_layers),
-         "VE_LAYERS", "different layers from 0 to below NUM_LAYERS", c.num_layers),
-        (c.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "0 or at least", 2),
-        (c.ngram_min_order > c.ngram_max_order, "NGRAM_MIN_ORDER", "at most NGRAM_MAX_ORDER",
-         c.ngram_max_order),
-        (len(c.ngram_ent_center) not in (1, orders), "NGRAM_ENT_CENTER",
-         "one number or, for orders 2 to NGRAM_MAX_ORDER,", orders),
-        (c.ngram_ent_base + c.ngram_ent_range > 1, "NGRAM_ENT_BASE", "at most 1 - NGRAM_ENT_RANGE",
-         1 - c.ngram_ent_range),
-        (not (c.max_wallclock_seconds or c.iterations or c.load_artifact), "ITERATIONS",
-         "above 0 where MAX_WALLCLOCK_SECONDS is", 0),
-        (c.ngram_buckets & (c.ngram_buckets - 1), "NGRAM_BUCKETS", "a power of", 2),
-        (not c.ngram_primes, "NGRAM_PRIMES", "numbers; at least", 1),
-        ("/" in c.run_id, "RUN_ID", "without", "'/'")]
-    for failed, name, rule, bound in checks:
-        if failed:
-            raise RunError(f"{name}={getattr(c, name.lower())}: must be {rule} {bound}")
+    layers, centers = set(c.ve_layers) & set(range(c.num_layers)), len(c.ngram_ent_center)
+    by_length, trains = f"divisible by TRAIN_SEQ_LEN {c.train_seq_len}", not c.load_artifact
+    for name, failed, rule in (
+            ("model_dim", c.model_dim % c.num_heads, f"divisible by NUM_HEADS {c.num_heads}"),
+            ("num_heads", c.num_heads % c.num_kv_heads,
+             f"divisible by NUM_KV_HEADS {c.num_kv_heads}"),
+            ("rope_dims", c.rope_dims % 2 or c.rope_dims > head_dim, f"even, at most {head_dim}"),
+            ("eval_stride", c.eval_stride > c.eval_seq_len, "at most EVAL_SEQ_LEN"),
+            ("train_batch_tokens", c.train_batch_tokens % c.train_seq_len, by_length),
+            ("micro_batch_tokens", c.micro_batch_tokens % c.train_seq_len, by_length),
+            ("xsa_last_n", c.xsa_last_n > c.num_layers, f"at most NUM_LAYERS {c.num_layers}"),
+            ("ve_layers", c.ve_enabled and len(layers) < len(c.ve_layers),
+             f"different layers from 0 to below NUM_LAYERS {c.num_layers}"),
+            ("bigram_vocab_size", c.bigram_vocab_size == 1, "0 or at least 2"),
+            ("ngram_min_order", c.ngram_min_order > orders + 1, "at most NGRAM_MAX_ORDER"),
+            ("ngram_ent_center", centers not in (1, orders),
+             f"one number or, for orders 2 to NGRAM_MAX_ORDER, {orders}"),
+            ("ngram_ent_base", c.ngram_ent_base + c.ngram_ent_range > 1,
+             f"at most 1 - NGRAM_ENT_RANGE = {1 - c.ngram_ent_range:g}"),
+            ("iterations", trains and not (c.max_wallclock_seconds or c.iterations),
+             "above 0 where MAX_WALLCLOCK_SECONDS is 0"),
+            ("ngram_buckets", c.ngram_buckets & (c.ngram_buckets - 1), "a power of 2"),
+            ("ngram_primes", not c.ngram_primes, "at least one number"),
+            ("run_id", "/" in c.run_id, "without '/'")):
+        if failed: raise RunError(f"{name.upper()}={getattr(c, name)}: must be {rule}")
 
 def help_text() -> str:
     """What --help prints: every variable with default and meaning, by section, and the recipes."""
     lines = [__doc__.strip(), "", "Variables, with defaults"]
-    for f in fields(Config):
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        default = int(default) if isinstance(default, bool) else default
-        lines += ["", HELP_SECTIONS[f.name]] if f.name in HELP_SECTIONS else []
-        allowed = f.metadata["allowed"]
-        choices = f" ({', '.join(allowed)})" if isinstance(allowed, list) else ""
-        demo = f"; demo: {DEMO[f.name]}" if f.name in DEMO else ""
-        names = " / ".join([f.name.upper(), *(a for a, name in ALIASES.items() if name == f.name)])
-        lines.append(f"  {names}={default}{demo}\n      {f.metadata['meaning']}{choices}")
+    for name, f in FIELDS.items():
+        lines += ["", HELP_SECTIONS[name]] if name in HELP_SECTIONS else []
+        choices = ", ".join(f.metadata["allowed"]) if f.type == "str" else ""
+        names = " / ".join([name.upper(), *(a for a, n in ALIASES.items() if n == name)])
+        demo = f"; demo: {DEMO[name]}" if name in DEMO else ""
+        lines += [f"  {names}={str(f.default).strip('()')}{demo}",
+                  f"      {f.metadata['meaning']}" + (f" ({choices})" if choices else "")]
     lines += ["", "Recipes: what differs from the defaults above"]
     lines += [" ".join([f"  RECIPE={name}:", *(f"{k.upper()}={v}" for k, v in recipe.items())])
               for name, recipe in RECIPES.items()]
@@ -371,7 +314,8 @@ def help_text() -> str:
 
 # ---- Runtime: ranks, log, files ------------------------------------------------------------------
 FORMATS = dict(val_loss=".8f", val_bpb=".8f", train_loss=".4f", lr_scale=".3f", seconds=".1f",
-               bpb=".4f", unigram_bpb=".4f", mass=".7g", max_mass=".7g", ngram_mass=".7g")
+               bpb=".4f", unigram_bpb=".4f", mass=".7g", max_mass=".7g", ngram_mass=".7g",
+               bits_per_parameter=".3f", clip_floor=".4g", mass_error=".2g", score_error=".2g")
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write under a temporary name, then rename: no partial file has a final name."""
@@ -398,34 +342,35 @@ class Run:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone,
                                 timeout=timedelta(seconds=cfg.dist_timeout_seconds))
         self.agree(lambda: self.open_log(cfg))
-
     def open_log(self, cfg: Config) -> None:
         """Take the first free run name and open its log; existing files stay as they are."""
-        folder, name, n = Path(cfg.logs_path), cfg.run_id, 1
+        folder, names = Path(cfg.logs_path), (f"{cfg.run_id}-{n}" for n in range(2, sys.maxsize))
         folder.mkdir(parents=True, exist_ok=True)
-        while any(folder.glob(glob.escape(name) + ".*")):
-            n += 1
-            name = f"{cfg.run_id}-{n}"
-        self.base = folder / name
+        self.base = folder / next(name for name in itertools.chain([cfg.run_id], names)
+                                  if not any(folder.glob(glob.escape(name) + ".*")))
         self.log_file = open(f"{self.base}.txt", "x", encoding="utf-8")
-
-    def path(self, suffix: str) -> Path:
-        """logs/<run_id><suffix>, on rank 0."""
-        return Path(f"{self.base}{suffix}")
-
+    def alone(self) -> Run:
+        """This rank by itself and without a log, for work in which the others take no part."""
+        other = copy.copy(self)
+        vars(other).update(rank=0, world=1, is_main=True, log_file=None,
+                           record=collections.defaultdict(list))
+        return other
+    def save(self, suffix: str, data: bytes) -> Path:
+        """Write logs/<run_id><suffix>, on rank 0; its path."""
+        write_atomic(path := Path(f"{self.base}{suffix}"), data)
+        self.log(f"saved {path}")
+        return path
     def log(self, line: str) -> None:
         """One line to console and log file, on rank 0."""
-        if self.is_main:
+        if self.log_file:
             print(line, flush=True)
             print(line, file=self.log_file, flush=True)
-
     def row(self, kind: str, prefix: str | None = None, **values) -> None:
         """Log `kind key:value ...` (or another prefix) and keep the values for the JSON."""
         self.record[kind].append(values)
         body = (f"{k}:{format(v, FORMATS.get(k, '')) if isinstance(v, float) else v}"
                 for k, v in values.items())
         self.log(" ".join([kind if prefix is None else prefix, *body]))
-
     def agree(self, work, everywhere: bool = False):
         """Rank 0's work(), sent to all, or every rank's own; an error on one is raised on all."""
         own, message, all_ranks = None, None, [None] * self.world
@@ -436,51 +381,36 @@ class Run:
                 message = str(error)
         dist.all_gather_object(all_ranks, (message, None if everywhere else own))
         for error, _ in all_ranks:
-            if error:
-                raise RunError(error)
+            if error: raise RunError(error)
         return own if everywhere else all_ranks[0][1]
-
     def over_ranks(self, operation, *values: float) -> list[float]:
         """Each value's maximum or mean over the ranks (float64, exchanged through the CPU)."""
         numbers = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(numbers, operation)
         return numbers.tolist()
-
     def gather(self, part: Tensor, spans: list[tuple[int, int]]) -> Tensor | None:
         """Every rank's rows (span, ...) end to end, on rank 0's CPU; None on the others."""
-        longest = max(b - a for a, b in spans)
-        padded = torch.cat([part.cpu(), part.new_zeros(longest - len(part), device="cpu")])
+        if self.world == 1: return part.cpu()
+        padded = part.new_zeros(max(b - a for a, b in spans), *part.shape[1:], device="cpu")
+        padded[:len(part)] = part
         parts = [torch.empty_like(padded) for _ in spans] if self.is_main else None
         dist.gather(padded, parts, dst=0)
         return torch.cat([p[: b - a] for p, (a, b) in zip(parts, spans)]) if parts else None
-
     def sync(self) -> float:
         """Wait for the device; the time in seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type == "cuda": torch.cuda.synchronize()
         return time.perf_counter()
-
     def peak_memory_bytes(self) -> int:
         """Most memory this rank has held: of the CUDA device, else of the process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved()
+        if self.device.type == "cuda": return torch.cuda.max_memory_reserved()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
-    def close(self) -> None:
-        """Leave the process group and the log."""
-        if self.log_file:
-            self.log_file.close()
-        dist.destroy_process_group()
-
-# ---- Data: shards, tokenizer, bytes, text --------------------------------------------------------
+# ---- Data: shards, tokenizer, bytes --------------------------------------------------------------
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the challenge's shard format
 BOS, SPACE = 1, "\u2581"  # SentencePiece writes a space as this character
 FETCH = ("hf download willdepueoai/parameter-golf --repo-type dataset --local-dir . --include "
          "'datasets/*/fineweb10B_sp1024/*' 'datasets/tokenizers/*' (then point DATA_PATH and "
          "TOKENIZER_PATH there)")
-TOKENIZER_TEXT_BYTES = 4_000_000  # more text changes the 1,024 pieces little and costs seconds
-TEXT_RECIPE = "v1: BPE, byte fallback, identity normalization, dummy prefix"  # part of the hash
-VAL_SHARE, VAL_MOST_BYTES = 0.1, 8_000_000  # of a text corpus, in whole documents
 
 def open_shard(path: str) -> np.memmap:
     """Tokens of a shard, memory-mapped uint16 (n,). RunError if its header or size lies."""
@@ -488,16 +418,9 @@ def open_shard(path: str) -> np.memmap:
     magic, version, count = header[:3] if len(header) == HEADER_INTS else (0, 0, 0)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise RunError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version 1")
-    expected = 4 * HEADER_INTS + 2 * int(count)
-    if size != expected or count <= 0:
+    if size != (expected := 4 * HEADER_INTS + 2 * int(count)) or count <= 0:
         raise RunError(f"{path}: {count} tokens need {expected} bytes, the file has {size}")
     return np.memmap(path, "<u2", "r", offset=4 * HEADER_INTS)
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write tokens (n,) in the challenge's format."""
-    numbers = [SHARD_MAGIC, SHARD_VERSION, len(tokens)]
-    header = np.array(numbers + [0] * (HEADER_INTS - len(numbers)), "<i4")
-    write_atomic(path, header.tobytes() + tokens.astype("<u2").tobytes())
 
 class TokenStream:
     """The shards' tokens end to end, read cyclically; each rank checks its share of the shards."""
@@ -507,32 +430,27 @@ class TokenStream:
         for path, shard in list(zip(paths, self.shards))[rank::world]:
             if (top := int(shard.max())) >= vocab_size:
                 raise RunError(f"{path}: token {top} at {shard.argmax()}, not below {vocab_size}")
-
     def __len__(self) -> int:
         return int(self.ends[-1])
-
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from cyclic position `start`, as int64."""
         parts = []
         while count > 0:
-            start %= len(self)
-            k = int(np.searchsorted(self.ends, start, side="right"))
-            first = start - (self.ends[k] - len(self.shards[k]))
-            parts.append(self.shards[k][first:first + count].astype(np.int64))
+            k = int(np.searchsorted(self.ends, start % len(self), side="right"))
+            first = start % len(self) - self.ends[k]  # negative: from the shard's end
+            parts.append(self.shards[k][first:][:count].astype(np.int64))
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
 class TrainLoader:
-    """Batches of the train stream; `position` (sequences drawn) is its state. Blocks of seq_len are
-    visited with a stride coprime to their number, so a batch spans the whole corpus."""
+    """Batches of the train stream; `position` (sequences drawn) is its state. A stride coprime to
+    the number of blocks visits all, and every batch spans the whole corpus."""
     def __init__(self, stream: TokenStream, cfg: Config, run: Run):
         self.stream, self.run, self.position, self.seq_len = stream, run, 0, cfg.train_seq_len
         self.batch = cfg.train_batch_tokens // cfg.train_seq_len  # sequences a step, all ranks
         self.blocks = (len(stream) - 1) // self.seq_len
         self.stride = round(self.blocks * 0.618) or 1
-        while math.gcd(self.stride, self.blocks) != 1:
-            self.stride += 1
-
+        while math.gcd(self.stride, self.blocks) != 1: self.stride += 1
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the next step, each (sequences, seq_len) int64."""
         share = self.batch // self.run.world
@@ -552,18 +470,17 @@ class ByteTable:
     def __init__(self, tokenizer):
         t, ids = tokenizer, range(tokenizer.get_piece_size())
         boundary = [t.is_control(i) or t.is_unknown(i) or t.is_unused(i) for i in ids]
-        space = [t.id_to_piece(i).startswith(SPACE) and not boundary[i] for i in ids]
-        base = [0 if boundary[i] else 1 if t.is_byte(i) else
-                len(t.id_to_piece(i).removeprefix(SPACE).replace(SPACE, " ").encode()) for i in ids]
+        pieces = ["" if b else t.id_to_piece(i) for i, b in zip(ids, boundary)]
+        space = [p.startswith(SPACE) for p in pieces]
+        base = [1 if t.is_byte(i) else len(p.removeprefix(SPACE).replace(SPACE, " ").encode())
+                for i, p in zip(ids, pieces)]
         self.base, self.space, self.boundary = map(torch.tensor, (base, space, boundary))
-
     def target_bytes(self, tokens: Tensor) -> Tensor:
         """Bytes (N,) int64 of the targets tokens[1:] of a stream (N+1,)."""
         before, target = tokens[:-1].long(), tokens[1:].long()
         return self.base[target] + (self.space[target] & ~self.boundary[before])
 
-# What a run reads: SentencePiece processor, ByteTable, train TokenStream (None without training),
-# validation stream (N+1,) int64, and `corpus`, a dictionary for the log.
+# What a run reads; train: a TokenStream or None, val: (N+1,) int64, corpus: facts for the log.
 Data = collections.namedtuple("Data", "tokenizer table train val corpus")
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -578,120 +495,6 @@ def load_tokenizer(path: str, vocab_size: int):
         raise RunError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE is {vocab_size}")
     return tokenizer
 
-def vocabulary_hash(tokenizer) -> str:
-    """SHA-256 over pieces and their types, in id order: equal hashes read tokens alike."""
-    t, size = tokenizer, tokenizer.get_piece_size()
-    return hashlib.sha256(repr([(t.id_to_piece(i), t.is_control(i), t.is_unknown(i), t.is_byte(i))
-                                for i in range(size)]).encode()).hexdigest()
-
-def python_documents() -> list[tuple[str, str]]:
-    """(name, text) of the text that comes with Python: topics, docstrings of built-in modules,
-    sources of the standard library (without tests, tools and character tables)."""
-    import sysconfig
-    documents = []
-    with contextlib.suppress(ImportError):  # minimal installations leave pydoc out
-        documents += sorted(importlib.import_module("pydoc_data.topics").topics.items())
-    for name in sorted(set(sys.builtin_module_names) - {"__main__"}):
-        docs = {getattr(m, "__doc__", 0) for m in vars(importlib.import_module(name)).values()}
-        documents.append((name, "\n\n".join(sorted(d for d in docs if isinstance(d, str)))))
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings",
-               "pydoc_data", "idle_test"}
-    documents += [(str(path.relative_to(root)), path.read_text("utf-8", errors="ignore"))
-                  for path in sorted(root.rglob("*.py"))
-                  if not skipped.intersection(path.relative_to(root).parts)]
-    return [(name, text) for name, text in documents if text and SPACE not in text]
-
-def user_documents(patterns: str) -> list[tuple[str, str]]:
-    """(name, text) of the globs' files; RunError if there are none or one is unfit."""
-    paths = {p for pattern in patterns.split(":") if pattern
-             for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)}
-    if not paths:
-        raise RunError(f"TEXT_FILES={patterns!r} matches no file; give globs separated by ':'")
-    documents = []
-    for path in sorted(paths):
-        try:
-            documents.append((path, Path(path).read_bytes().decode("utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-        if SPACE in documents[-1][1]:
-            raise RunError(f"{path}: has the character U+2581, SentencePiece's space: replace it")
-    return [(name, text) for name, text in documents if text]
-
-def cut_documents(documents: list[tuple[str, str]], least: int = 20) -> list[tuple[str, str]]:
-    """Split few documents at line ends into about `least`: validation takes whole documents."""
-    if len(documents) >= least:
-        return documents
-    size, parts = max(1, sum(len(text) for _, text in documents) // least), []
-    for name, text in documents:
-        while text:
-            end = text.find("\n", size) + 1 or len(text)
-            parts.append((f"{name}, part {len(parts)}", text[:end]))
-            text = text[end:]
-    return parts
-
-def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int) -> bytes:
-    """A serialized BPE model with the challenge's options and identity normalization:
-    decode(encode(s)) == s for every s without U+2581."""
-    every = max(1, sum(len(text) for _, text in documents) // TOKENIZER_TEXT_BYTES)
-    lines = [line for _, text in documents for line in text.splitlines() if line.strip()][::every]
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
-            model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=True, pad_id=0, bos_id=BOS, eos_id=2,
-            unk_id=3, character_coverage=0.999, split_digits=True, max_sentence_length=1 << 20,
-            minloglevel=2)
-    except RuntimeError as error:
-        raise RunError(f"the text is too small or too uniform for a tokenizer of {vocab_size} "
-                       f"pieces; give more text ({str(error).splitlines()[-1]})") from None
-    return model.getvalue()
-
-def encode_documents(tokenizer, documents: list[tuple[str, str]], table: ByteTable) -> np.ndarray:
-    """Tokens (uint16) of the documents, each after a BOS; every document's bytes must balance."""
-    encoded = []
-    for name, text in tqdm(documents, desc="tokenizing", unit="doc", disable=None):
-        encoded.append(np.array([BOS, *tokenizer.encode(text)]))
-        counted = int(table.target_bytes(torch.from_numpy(encoded[-1])).sum())
-        if counted != (size := len(text.encode())):
-            raise RunError(f"{name}: its tokens stand for {counted} bytes, its text has {size}")
-    return np.concatenate(encoded)
-
-def split_documents(documents: list[tuple[str, str]]) -> tuple[list, list]:
-    """(train, validation) documents in an order drawn by their hash; whole documents only."""
-    shuffled = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest())
-    sizes = np.cumsum([len(text) for _, text in shuffled])
-    wanted = min(VAL_SHARE * sizes[-1], VAL_MOST_BYTES) if documents else 0
-    count = min(int(np.searchsorted(sizes, wanted)) + 1, len(shuffled) - 1)
-    if count < 1:
-        raise RunError("the text has one document that cannot be split: give more text")
-    return shuffled[count:], shuffled[:count]
-
-def prepare_text(cfg: Config, run: Run) -> Path:
-    """Tokenizer and shards of the text, made once; the folder, named by the text's hash."""
-    started = time.perf_counter()
-    documents = cut_documents(
-        user_documents(cfg.text_files) if cfg.text_files else python_documents())
-    digest = hashlib.sha256(repr((TEXT_RECIPE, cfg.vocab_size, documents)).encode()).hexdigest()
-    folder = Path(cfg.prepared_path) / f"text_{digest[:16]}"
-    if (folder / "corpus.json").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    train, val = split_documents(documents)
-    model = folder / "tokenizer.model"
-    write_atomic(model, train_tokenizer(train, cfg.vocab_size))
-    tokenizer = load_tokenizer(str(model), cfg.vocab_size)
-    for split, part in (("train", train), ("val", val)):
-        write_shard(folder / f"text_{split}_000000.bin",
-                    encode_documents(tokenizer, part, ByteTable(tokenizer)))
-    corpus = dict(source=cfg.text_files or "python", sha256=digest, documents=len(documents),
-                  text_bytes=sum(len(t.encode()) for _, t in documents))
-    write_atomic(folder / "corpus.json", json.dumps(corpus, indent=1).encode())
-    run.log(f"prepared {len(documents)} documents in {folder} "
-            f"({time.perf_counter() - started:.1f} s)")
-    return folder
-
 def find_shards(folder: str, split: str) -> list[str]:
     """Sorted paths of *_<split>_*.bin in a folder."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), f"*_{split}_*.bin")))
@@ -701,6 +504,8 @@ def load_data(cfg: Config, run: Run) -> Data:
     folder, model, corpus = cfg.data_path, cfg.tokenizer_path, dict(source=cfg.data_path)
     nothing_given = folder == Config.data_path and not find_shards(folder, "val")
     if cfg.text_files or (cfg.scale == "demo" and nothing_given):
+        sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which may be __main__
+        from tools.prepare_text import prepare_text  # no part of a run on shards
         folder = str(run.agree(lambda: prepare_text(cfg, run)))
         model = os.path.join(folder, "tokenizer.model")
         corpus = json.loads(Path(folder, "corpus.json").read_text())
@@ -709,8 +514,7 @@ def load_data(cfg: Config, run: Run) -> Data:
     if missing:
         raise RunError(f"DATA_PATH={folder}: no *_{missing[0]}_*.bin shards there. Get the "
                        f"published ones with: {FETCH}; or set TEXT_FILES='your/text/*.txt'")
-    tokenizer = load_tokenizer(model, cfg.vocab_size)
-    own = cfg.vocab_size, run.rank, run.world
+    tokenizer, own = load_tokenizer(model, cfg.vocab_size), (cfg.vocab_size, run.rank, run.world)
     train = None if cfg.load_artifact else TokenStream(paths["train"], *own)
     if train and len(train) <= cfg.train_batch_tokens:
         raise RunError(f"{folder}: {len(train)} training tokens, a step needs "
@@ -721,10 +525,11 @@ def load_data(cfg: Config, run: Run) -> Data:
     if not usable:
         raise RunError(f"{folder}: {targets} validation targets, a window needs EVAL_SEQ_LEN="
                        f"{cfg.eval_seq_len}; give more text or lower EVAL_SEQ_LEN")
-    corpus |= dict(tokenizer=model, vocabulary_sha256=vocabulary_hash(tokenizer),
-                   train_tokens=len(train) if train else 0, val_targets=usable)
-    return Data(tokenizer, ByteTable(tokenizer), train, torch.from_numpy(val.read(0, usable + 1)),
-                corpus)
+    vocabulary = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+    corpus |= dict(tokenizer=model, vocabulary_sha256=vocabulary, val_targets=usable,
+                   train_tokens=len(train) if train else 0)
+    stream = torch.from_numpy(val.read(0, usable + 1))
+    return Data(tokenizer, ByteTable(tokenizer), train, stream, corpus)
 
 # ---- Model ---------------------------------------------------------------------------------------
 # Weight matrices in banks (matrices, rows, columns): Muon works on them whole.
@@ -735,8 +540,7 @@ ROPE_TRAINED_LEN = 1024  # windows up to this long use ROPE_BASE as it is (the s
 BIGRAM_PRIMES = 36313, 27191  # of the submissions' bigram hash
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """PyTorch's attention with FlashAttention's signature: q (B,Tq,H,D), k and v (B,T,Hkv,D). The
-    queries are the last Tq positions of the keys' T."""
+    """SDPA with FlashAttention's signature: q (B,Tq,H,D) at the last of T; k, v (B,T,Hkv,D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask, grouped = None, q.size(1) != k.size(1)
     if q.size(2) != k.size(2):  # is_causal would align the first query with the first key
@@ -746,8 +550,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tens
     return y.transpose(1, 2)
 
 def choose_attention(cfg: Config, device: torch.device):
-    """(name, function) of the best attention back end present: FlashAttention 3 (Hopper), 2, SDPA.
-    RunError if the one that ATTENTION asks for is not there."""
+    """(name, function) of the best back end present: FlashAttention 3 (Hopper), 2, SDPA."""
     for name, module in (("flash3", "flash_attn_interface"), ("flash2", "flash_attn")):
         if cfg.attention in ("auto", name) and device.type == "cuda" and (
                 name == "flash2" or torch.cuda.get_device_capability(device)[0] == 9):
@@ -755,8 +558,7 @@ def choose_attention(cfg: Config, device: torch.device):
                 return name, importlib.import_module(module).flash_attn_func
     if cfg.attention not in ("auto", "sdpa"):
         raise RunError(f"ATTENTION={cfg.attention}: not installed or not for this device; use auto")
-    if device.type != "cuda":
-        return "sdpa", sdpa_attention
+    if device.type != "cuda": return "sdpa", sdpa_attention
     from torch.nn.attention import SDPBackend as B
     torch.backends.cuda.enable_cudnn_sdp(True)  # up to twice FlashAttention 2's speed on Hopper
     torch._C._set_sdp_priority_order([int(b) for b in (
@@ -788,6 +590,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.attention, self.compute_dtype = cfg, attention, compute_dtype
         L, C, V = cfg.num_layers, cfg.model_dim, cfg.vocab_size
+        self.ln_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(L)]
         kv_dim, hidden = C // cfg.num_heads * cfg.num_kv_heads, round(cfg.mlp_mult * C)
         new = lambda *shape, value=0.0: nn.Parameter(torch.full(shape, value))  # noqa: E731
         self.tok_emb = new(V, C)
@@ -808,11 +611,9 @@ class GPT(nn.Module):
         self.kv_bank = new(2 * L, kv_dim, C)  # keys at i, values at L + i
         self.mlp_up_bank, self.mlp_down_bank = new(L, hidden, C), new(L, C, hidden)
         self.mtp_heads = new(cfg.mtp_num_heads, V, C) if cfg.mtp_num_heads else None
-
     @torch.no_grad()
     def initialize(self, seed: int) -> GPT:
-        """Orthogonal matrices, zero output projections, small embeddings. The bigram table is zero,
-        its projection is not: with both at zero neither would ever get a gradient."""
+        """Orthogonal matrices, zero output projections and bigram table (its projection is not)."""
         generator, L = torch.Generator().manual_seed(seed), self.cfg.num_layers
         stds = dict(tok_emb=self.cfg.tied_embed_init_std, value_emb=0.01)
         for name, p in self.named_parameters():
@@ -823,7 +624,6 @@ class GPT(nn.Module):
                     p[i] = nn.init.orthogonal_(torch.empty(p[i].shape), generator=generator)
         self.resid_mix[:, 0] = 1.0
         return self
-
     def weights(self, qat: bool) -> dict[str, Tensor]:
         """Parameters as the forward pass uses them: fake-quantized if `qat`, in compute_dtype."""
         named = dict(self.named_parameters())
@@ -831,7 +631,6 @@ class GPT(nn.Module):
             named = {n: fake_quantize(p, code_limit(n, self.cfg)) if n in BANKS + EMBEDDINGS else p
                      for n, p in named.items()}
         return {n: p.to(self.compute_dtype) for n, p in named.items()}
-
     def embed(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """x0 (B,T,C): token and bigram embedding, RMSNorm, smear gate."""
         x = F.embedding(tokens, w["tok_emb"])
@@ -843,7 +642,6 @@ class GPT(nn.Module):
             x = x + w["bigram_scale"] * bigram
         x = norm(x)
         return torch.lerp(x, F.pad(x, (0, 0, 1, -1)), w["smear_gate"].sigmoid())
-
     def trunk(self, w: dict[str, Tensor], tokens: Tensor, last: int) -> Tensor:
         """Normed final states (B,last,C) of the last positions of tokens (B,T). The only walk over
         the blocks. In the last block only keys and values see all T positions."""
@@ -863,22 +661,17 @@ class GPT(nn.Module):
                                     last if i == cfg.num_layers - 1 else T)
             first_values = values if first_values is None else first_values
             x = x[:, -y.size(1):] + w["attn_scale"][i] * y
-            hidden = F.linear(norm(x) * self.ln_scale(i), w["mlp_up_bank"][i])
+            hidden = F.linear(norm(x) * self.ln_scales[i], w["mlp_up_bank"][i])
             hidden = F.leaky_relu(hidden, cfg.relu_slope).square()
             x = x + w["mlp_scale"][i] * F.linear(hidden, w["mlp_down_bank"][i])
             skips += [x] if i < half else []
         return norm(x)
-
-    def ln_scale(self, layer: int) -> float:
-        """Factor on a block's normed inputs."""
-        return 1 / math.sqrt(layer + 1) if self.cfg.ln_scale else 1.0
-
     def attend(self, w, i: int, x: Tensor, tables, value_embedding, first_values, last: int):
         """Attention of block i: output (B,last,C) at the last positions, raw values (B,T,·)."""
         cfg, L, (B, T, C) = self.cfg, self.cfg.num_layers, x.shape
         D = C // cfg.num_heads
         cos, sin = (t.to(x.dtype) for t in tables)
-        h = norm(x) * self.ln_scale(i)
+        h = norm(x) * self.ln_scales[i]
         q = F.linear(h[:, T - last:], w["qo_bank"][i]).view(B, last, cfg.num_heads, D)
         k = F.linear(h, w["kv_bank"][i]).view(B, T, cfg.num_kv_heads, D)
         raw = v = F.linear(h, w["kv_bank"][L + i])
@@ -889,20 +682,16 @@ class GPT(nn.Module):
         v = v.view(B, T, cfg.num_kv_heads, D)
         q = rotate(norm(q), cos[T - last:], sin[T - last:]) * w["q_gain"][i][:, None]
         y = self.attention(q, rotate(norm(k), cos, sin), v, causal=True)
-        if i >= L - cfg.xsa_last_n:
-            y = exclude_own_value(y, v[:, T - last:])
+        if i >= L - cfg.xsa_last_n: y = exclude_own_value(y, v[:, T - last:])
         return F.linear(y.reshape(B, last, C), w["qo_bank"][L + i]), raw
-
     def softcap(self, logits: Tensor) -> Tensor:
         """float32 logits within ±logit_softcap."""
         return self.cfg.logit_softcap * torch.tanh(logits.float() / self.cfg.logit_softcap)
-
     def logits(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """Logits (B,last,V) float32 of the last positions (default: all) of tokens (B,T) int64."""
         w = self.weights(False)
         x = self.trunk(w, tokens, last or tokens.size(1))
         return self.softcap(F.linear(x, w["tok_emb"]))
-
     def forward(self, tokens: Tensor, targets: Tensor, qat: bool = False) -> tuple[Tensor, Tensor]:
         """(loss to minimize, cross-entropy in nats per token) for tokens and targets (B,T)."""
         w = self.weights(qat)
@@ -913,14 +702,12 @@ class GPT(nn.Module):
                      for k in range(self.cfg.mtp_num_heads)]
             loss = loss + self.cfg.mtp_loss_weight * torch.stack(extra).mean()
         return loss, main.detach()
-
     def cross_entropy(self, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the softcapped logits x @ headᵀ."""
         return F.cross_entropy(self.softcap(F.linear(x, head)).flatten(0, 1), targets.flatten())
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y (B,T,H,D) less each head's projection on the normalized value v (B,T,Hkv,D) of its own
-    position (exclusive self-attention, as in the submissions)."""
+    """Exclusive self-attention: y (B,T,H,D) less its projection on its position's v (B,T,Hkv,D)."""
     grouped = y.unflatten(2, (v.size(2), -1))  # (B,T,Hkv,H/Hkv,D)
     direction = F.normalize(v, dim=-1).unsqueeze(3)
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
@@ -945,21 +732,18 @@ class BankShard:
         self.bank, self.run = bank, run
         size = -(-len(bank) // run.world)
         self.full = torch.zeros(size * run.world, *bank.shape[1:], device=bank.device)
-        self.grad, self.momentum, self.shard = torch.zeros(3, *self.full[:size].shape,
-                                                           device=bank.device)
-
+        self.grad, self.momentum, self.shard = (self.full[:size].clone() for _ in range(3))
     def reduce(self) -> None:
         """Start averaging the gradient over ranks into `grad` (reduce-scatter)."""
         self.full[: len(self.bank)] = self.bank.grad
         self.work = reduce_scatter(self.grad, self.full, dist.ReduceOp.AVG, async_op=True)
-
     def update(self, cfg: Config, lr: float, momentum: float) -> None:
         """Muon on the shard, then start sending it to every rank (all-gather)."""
         self.momentum.mul_(momentum).add_(self.grad)
-        direction = newton_schulz(self.grad.add(self.momentum, alpha=momentum),  # Nesterov
-                                  cfg.muon_backend_steps)
+        nesterov = self.grad.add(self.momentum, alpha=momentum)
+        direction = newton_schulz(nesterov, cfg.muon_backend_steps)
         self.full[: len(self.bank)] = self.bank.data
-        self.shard.copy_(self.full.view(self.run.world, *self.shard.shape)[self.run.rank])
+        self.shard.copy_(self.full.chunk(self.run.world)[self.run.rank])
         scale = max(1, direction.size(-2) / direction.size(-1)) ** 0.5
         self.shard.mul_(1 - lr * cfg.muon_wd).add_(direction, alpha=-lr * scale)
         self.work = all_gather(self.full, self.shard, async_op=True)
@@ -984,24 +768,19 @@ class Optimizer:
         self.small = [p for g in groups for p in g["params"]]
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                       weight_decay=cfg.adam_wd, fused=run.device.type == "cuda")
-
     def reduce_gradients(self) -> Tensor:
         """Average all gradients over ranks; the global norm () of the averaged gradient."""
-        for bank in self.banks:
-            bank.reduce()
+        for bank in self.banks: bank.reduce()
         grads = [p.grad for p in self.small]
-        flat = torch.cat([g.flatten() for g in grads])  # one all-reduce for all small ones
+        flat = torch._utils._flatten_dense_tensors(grads)  # one all-reduce for all small ones
         dist.all_reduce(flat, dist.ReduceOp.AVG)
-        parts = flat.split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
-        for bank in self.banks:
-            bank.work.wait()
+        torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
+        for bank in self.banks: bank.work.wait()
         shards = [bank.grad for bank in self.banks]
         parts = shards + grads if self.run.is_main else shards  # each element counted once
         square = torch.stack(torch._foreach_norm(parts)).square().sum()
         dist.all_reduce(square)
         return square.sqrt()
-
     def step(self, lr_scale: float, momentum: float) -> None:
         """One update from the gradients in .grad, which it clears."""
         norm_ = self.reduce_gradients()
@@ -1010,14 +789,12 @@ class Optimizer:
             torch._foreach_mul_([b.grad for b in self.banks] + [p.grad for p in self.small], clip)
         for bank in self.banks:  # a bank travels while the next one is orthogonalized
             bank.update(self.cfg, self.cfg.matrix_lr * lr_scale, momentum)
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
+        for group in self.adam.param_groups: group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
         for bank in self.banks:
             bank.work.wait()
             bank.bank.data.copy_(bank.full[: len(bank.bank)])
-        for p in [b.bank for b in self.banks] + self.small:
-            p.grad = None
+        for p in [b.bank for b in self.banks] + self.small: p.grad = None
 
 # ---- Training ------------------------------------------------------------------------------------
 MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's step
@@ -1030,95 +807,80 @@ class WeightAverage:
         self.cfg, self.mass, self.samples = cfg, 0.0, 0
         self.params = [p.data for p in model.parameters()]
         self.average = [p.clone() for p in self.params]
-
     def update(self, before: float, after: float, lr_scale: float) -> None:
         """Take the weights in, progress having gone from `before` to `after`, in [0, 1]."""
         cfg, steps = self.cfg, [x * self.cfg.schedule_steps for x in (before, after)]
+        due, decay = cfg.averaging == "ema", cfg.ema_decay ** (steps[1] - steps[0])
         if cfg.averaging == "swa":
-            due = steps[0] // cfg.swa_every != steps[1] // cfg.swa_every or not self.samples
-            due, decay = due and cfg.swa_enabled and lr_scale < 0.5, 1.0
-        else:
-            due, decay = cfg.averaging == "ema", cfg.ema_decay ** (steps[1] - steps[0])
+            marks, decay = [x // cfg.swa_every for x in steps], 1.0
+            due = cfg.swa_enabled and lr_scale < 0.5 and (marks[0] != marks[1] or not self.samples)
         if due:
             self.mass = decay * self.mass + 1
             self.samples += 1
             torch._foreach_lerp_(self.average, self.params, 1 / self.mass)
 
 class Trainer:
-    """Training under a wall-clock cap; the clock counts steps only, not validation or logging.
-    SIGTERM or Ctrl-C finishes the step and goes on to export; a second one exits."""
+    """Training under a wall-clock cap; the clock counts steps only. SIGTERM or Ctrl-C finishes the
+    step and goes on to export; a second one exits."""
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.model, self.data, self.cfg, self.run = model, data, cfg, run
         self.loader, self.forward = TrainLoader(data.train, cfg, run), compiled(model, cfg, run)
         self.elapsed, self.steps, self.last_loss, self.stopping = 0.0, 0, math.nan, False
         self.recent: collections.deque = collections.deque(maxlen=20)  # step times in seconds
         self.micro = micro_batch_tokens(cfg, run.world) // cfg.train_seq_len  # sequences
-
     def lr_scale(self, progress: float) -> float:
         """1, then linear to 0 over the warmdown; `progress` of the run in [0, 1]."""
         warmdown = min(1.0, self.cfg.warmdown_iters / self.cfg.schedule_steps)
         return min(1.0, (1 - progress) / warmdown) if warmdown else 1.0
-
     def momentum(self, progress: float) -> float:
         """Muon's momentum, warmed up linearly."""
-        cfg, done = self.cfg, progress * self.cfg.schedule_steps
-        part = min(1.0, done / max(1, cfg.muon_momentum_warmup_steps))
+        cfg, steps = self.cfg, progress * self.cfg.schedule_steps
+        part = min(1.0, steps / max(1, cfg.muon_momentum_warmup_steps))
         return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
-
     def qat(self, progress: float) -> bool:
         """Whether the forward pass is fake-quantized."""
         return self.cfg.qat_enabled or self.lr_scale(progress) < self.cfg.late_qat_threshold
-
     def progress(self) -> float:
         """Part of the run that is done, by time if there is a cap, else by steps."""
         cap, by_steps = self.cfg.max_wallclock_seconds, self.steps / max(1, self.cfg.iterations)
         return max(by_steps, min(1.0, self.elapsed / cap)) if cap else by_steps
-
     def gradients(self, qat: bool) -> Tensor:
         """Accumulate this rank's gradient of the next batch; its mean loss () in nats per token."""
-        inputs, targets = self.loader.next_batch()
-        batches = list(zip(inputs.split(self.micro), targets.split(self.micro)))
+        batches = list(zip(*(x.split(self.micro) for x in self.loader.next_batch())))
         total = torch.zeros((), device=self.run.device)
         for tokens, wanted in batches:
             loss, nats = self.forward(tokens, wanted, qat)
             (loss / len(batches)).backward()
             total += nats / len(batches)
         return total
-
     def warm_up(self) -> None:
-        """Compile and run steps, with and without QAT if both will come, then put back weights and
-        data position; the optimizer of these steps is thrown away."""
+        """Compile and run steps, also with QAT if it will come; nothing remains of them."""
         started, saved = self.run.sync(), [p.detach().clone() for p in self.model.parameters()]
-        kinds = sorted({self.qat(0.0), self.qat(1.0)})
+        kinds, position = sorted({self.qat(0.0), self.qat(1.0)}), self.loader.position
         optimizer = Optimizer(self.model, self.cfg, self.run)
         for step in range(self.cfg.warmup_steps):
             self.gradients(kinds[step % len(kinds)])
             optimizer.step(1.0, self.cfg.muon_momentum)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), saved)
-        self.loader.position = 0
+        self.loader.position = position
         self.run.row("warmup", steps=self.cfg.warmup_steps, seconds=self.run.sync() - started)
-
     def request_stop(self, number: int, _frame) -> None:
         """Signal handler: stop after this step; the next signal acts as it does by default."""
         self.stopping = True
         signal.signal(number, DEFAULT_HANDLERS[number])
-
     def may_continue(self) -> bool:
         """Whether another step starts, the same answer on every rank: it must end under the cap."""
         self.elapsed, slowest, stopping = self.run.over_ranks(
             dist.ReduceOp.MAX, self.elapsed, max(self.recent, default=0.0), float(self.stopping))
-        if stopping:
-            self.run.log(f"stop requested: training ends after {self.steps} steps")
+        if stopping: self.run.log(f"stop requested: training ends after {self.steps} steps")
         cap = self.cfg.max_wallclock_seconds
         fits = not cap or self.elapsed + 1.1 * slowest <= cap
         return bool(fits and self.steps < self.cfg.iterations and not stopping)
-
     def train(self) -> None:
         """The loop; leaves the averaged weights in the model."""
         self.warm_up()
-        for number in DEFAULT_HANDLERS:
-            signal.signal(number, self.request_stop)
+        for number in DEFAULT_HANDLERS: signal.signal(number, self.request_stop)
         average = WeightAverage(self.model, self.cfg)
         optimizer, now = Optimizer(self.model, self.cfg, self.run), 0.0
         while self.may_continue():  # ranks agree on the time here, and so on `now`
@@ -1130,38 +892,31 @@ class Trainer:
             self.recent.append(self.run.sync() - started)
             self.elapsed += self.recent[-1]
             self.report(before, now, loss.item())
-        for number, handler in DEFAULT_HANDLERS.items():
-            signal.signal(number, handler)
-        if average.samples:
-            torch._foreach_copy_(average.params, average.average)
+        for number, handler in DEFAULT_HANDLERS.items(): signal.signal(number, handler)
+        if average.samples: torch._foreach_copy_(average.params, average.average)
         self.run.row("trained", steps=self.steps, train_seconds=round(self.elapsed, 3),
-                     tokens=self.steps * self.cfg.train_batch_tokens, samples=average.samples,
-                     averaged=self.cfg.averaging if average.samples else "none",
-                     averaged_steps=round(average.mass, 1),
+                     tokens=self.steps * self.cfg.train_batch_tokens, averaged=self.cfg.averaging,
+                     averaged_samples=average.samples, averaged_steps=round(average.mass, 1),
                      peak_memory_bytes=self.run.peak_memory_bytes())
-
     def report(self, before: float, now: float, loss: float) -> None:
         """Log and validate where due between two times of progress; RunError if the loss is NaN."""
-        loss = self.run.over_ranks(dist.ReduceOp.AVG, loss)[0]
+        cfg, (loss,) = self.cfg, self.run.over_ranks(dist.ReduceOp.AVG, loss)
         if not math.isfinite(loss):
             raise RunError(f"step {self.steps}: the loss is not finite (last finite loss "
                            f"{self.last_loss:.4f}); lower MATRIX_LR, SCALAR_LR or GRAD_CLIP_NORM")
         self.last_loss = loss
-        def due(every: int) -> bool:
-            marks = [x * self.cfg.schedule_steps // (every or 1) for x in (before, now)]
-            return bool(every) and marks[0] != marks[1]
-        if due(self.cfg.train_log_every) or self.steps == 1:
-            average, tokens = self.elapsed / self.steps, self.cfg.train_batch_tokens
-            self.log_step("train", train_loss=self.last_loss, lr_scale=self.lr_scale(now),
-                          qat=int(self.qat(now)), step_avg=f"{1000 * average:.2f}ms",
-                          tokens_per_second=round(tokens / average))
-        if due(self.cfg.val_loss_every):
-            self.validate()
-
+        steps = [x * cfg.schedule_steps for x in (before, now)]
+        due = [bool(n) and steps[0] // n != steps[1] // n
+               for n in (cfg.train_log_every, cfg.val_loss_every)]
+        if due[0] or self.steps == 1:
+            seconds, scale, qat = self.elapsed / self.steps, self.lr_scale(now), int(self.qat(now))
+            self.log_step("train", train_loss=loss, lr_scale=scale, qat=qat,
+                          tokens_per_second=round(cfg.train_batch_tokens / seconds),
+                          step_avg=f"{1000 * seconds:.2f}ms")
+        if due[1]: self.validate()
     def validate(self) -> None:
         """Validation loss of the present weights on windows that do not overlap."""
         self.log_step("validation", **neural_score(self.model, self.data, self.cfg, self.run))
-
     def log_step(self, kind: str, **values) -> None:
         """A line that begins with step:done/most."""
         values["train_time"] = f"{1000 * self.elapsed:.0f}ms"
@@ -1169,65 +924,61 @@ class Trainer:
         self.run.record[kind][-1]["step"] = self.steps
 
 def micro_batch_tokens(cfg: Config, world: int) -> int:
-    """Tokens of one forward pass on one rank; RunError if the step cannot be divided so."""
+    """Tokens of one forward pass on one rank: the largest equal parts of its share that are no more
+    than MICRO_BATCH_TOKENS. RunError if the step cannot be divided among the ranks."""
     sequences, rest = divmod(cfg.train_batch_tokens // cfg.train_seq_len, world)
     if rest or not sequences:
-        raise RunError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: its "
-                       f"{cfg.train_batch_tokens // cfg.train_seq_len} sequences of "
+        raise RunError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: its sequences of "
                        f"{cfg.train_seq_len} do not divide among {world} ranks")
-    share = sequences * cfg.train_seq_len
-    if cfg.micro_batch_tokens and share % cfg.micro_batch_tokens:
-        raise RunError(f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}: must divide a rank's {share}")
     most = max(1, (cfg.micro_batch_tokens or MICRO_BATCH_TOKENS) // cfg.train_seq_len)
     return cfg.train_seq_len * max(n for n in range(1, most + 1) if sequences % n == 0)
 
 def compiled(function, cfg: Config, run: Run):
     """torch.compile where it is wanted: whole graphs of fixed shapes."""
-    if cfg.compile == "0" or (cfg.compile == "auto" and run.device.type != "cuda"):
-        return function
+    if cfg.compile == "0" or (cfg.compile == "auto" and run.device.type != "cuda"): return function
     import torch._inductor.config as inductor
     # 6 ms a step slower here, and silently wrong gradients (pytorch issues 179494, 193061)
     inductor.triton.mix_order_reduction = False
     return torch.compile(function, dynamic=False, fullgraph=True)
 
-def build_model(cfg: Config, run: Run) -> GPT:
-    """The initialized model on the run's device."""
+def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None) -> GPT:
+    """The model on the run's device, initialized or with the given weights (by name, complete)."""
     name, attention = choose_attention(cfg, run.device)
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    model = GPT(cfg, attention, dtype).initialize(cfg.seed).to(run.device)
+    model = GPT(cfg, attention, dtype)
+    model = model.initialize(cfg.seed) if weights is None else model
+    model.load_state_dict(weights or model.state_dict())
     run.row("model", parameters=sum(p.numel() for p in model.parameters()), attention=name,
             compute=str(dtype).removeprefix("torch."))
-    return model
+    return model.to(run.device)
 
 # ---- Quantization and artifact -------------------------------------------------------------------
-# A matrix or embedding is stored as a float16 step per row and integer codes -q...q, q =
-# 2^(bits-1) - 1; everything else as float16. Per row the clip is the one of CLIP_QUANTILES of |w|
-# with the least squared error. "ans" codes groups of rows of like spread, each with its own
-# histogram (asymmetric numeral systems, Duda 2009); "zstd" and "lzma" compress one byte a code.
-# File: magic, version, header size, SHA-256 of the rest, JSON header, one compressed section
-# (steps, float16 values, then codes or ANS side information), ANS words.
+# Matrices and embeddings are stored as a float16 step per row and integer codes -q...q, q =
+# 2^(bits-1) - 1, the rest as float16. A row's clip is the one of CLIP_QUANTILES of |w| with the
+# least squared error. "ans" codes groups of rows of like spread, each with its own histogram
+# (asymmetric numeral systems, Duda 2009); "zstd" and "lzma" compress one byte a code. File: magic,
+# version, header size, SHA-256 of the rest, JSON header, a compressed section (steps, float16
+# values, then codes or ANS side information), ANS words.
 
 CLIP_QUANTILES = 0.999, 0.9995, 0.9999, 1.0  # after #889's per-row search
+CLIP_FLOORS, CLIP_TRIALS = (1e-3, 1e3), 14  # range of the least clip; a factor 1.0008 in the end
 MAGIC, VERSION = b"GOLFINT6", 1
 PREFIX = struct.Struct("<8sHI32s")
-ANS_CLUSTERS = 16  # a code width's groups of rows; DESIGN's measurement
+ANS_CLUSTERS = 32  # groups of rows
 SYMBOLS = 255  # codes of 8 bits, -127...127; narrower codes use the middle
 HALF_MIN, HALF_MAX = 6.104e-05, 65504.0  # float16's normal range
 
 def code_limit(name: str, cfg: Config) -> int:
     """Largest code q of a tensor: 31 for 6 bits, 15 for 5, 127 for 8; 0: kept as float16."""
-    if name not in BANKS + EMBEDDINGS:
-        return 0
+    if name not in BANKS + EMBEDDINGS: return 0
     return 2 ** ((cfg.embed_bits if name in EMBEDDINGS else cfg.matrix_bits) - 1) - 1
 
 def row_steps(w: Tensor, limit: int, floor: float = 0.0) -> Tensor:
-    """Step (...,1), a float16 number, of each row of w (...,cols): its best clip over `limit`.
-    floor: least clip as a multiple of the row's root mean square (rate control)."""
-    magnitudes = w.abs().sort(dim=-1).values
-    least = floor * w.square().mean(-1, keepdim=True).sqrt() if floor else torch.zeros(())
-    steps, errors = [], []
+    """Step (...,1), a float16 number, of each row of w (...,cols): its best clip, and at least
+    `floor` (rate control), over `limit`."""
+    magnitudes, steps, errors = w.abs().sort(dim=-1).values, [], []
     for quantile in CLIP_QUANTILES:
-        clip = magnitudes[..., math.ceil(quantile * (w.size(-1) - 1)), None].maximum(least)
+        clip = magnitudes[..., math.ceil(quantile * (w.size(-1) - 1)), None].clamp(min=floor)
         steps.append((clip / limit).clamp(HALF_MIN, HALF_MAX).half().float())
         error = w - round_codes(w, steps[-1], limit) * steps[-1]
         errors.append(error.square().sum(-1, keepdim=True))
@@ -1245,8 +996,7 @@ def fake_quantize(w: Tensor, limit: int) -> Tensor:
     return w + error
 
 class Stored(collections.namedtuple("Stored", "shape limit steps codes")):
-    """A tensor as stored: float16 steps (rows,) and int8 codes (rows,cols), or only float16 values
-    in `steps` if limit is 0."""
+    """float16 steps (rows,) and int8 codes (rows,cols); if limit is 0, values in `steps`."""
     def tensor(self) -> Tensor:
         """float32, of `shape`."""
         steps = torch.from_numpy(self.steps.astype(np.float32))
@@ -1273,22 +1023,15 @@ def compress(data: bytes, method: str) -> bytes:
     return zstandard.compress(data, 22) if method == "zstd" else lzma.compress(
         data, preset=9 | lzma.PRESET_EXTREME)
 
-def decompress(data: bytes, method: str, most: int) -> bytes:
-    """Inverse of compress; RunError on damage or more than `most` bytes."""
+def decompress(data: bytes, method: str, size: int) -> bytes:
+    """Inverse of compress; RunError unless it gives `size` bytes, without making more of them."""
     try:
-        plain = lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, most + 1) if (
-            method == "lzma") else zstandard.ZstdDecompressor().stream_reader(data).read(most + 1)
+        plain = lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, size + 1) if (
+            method == "lzma") else zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
     except (lzma.LZMAError, zstandard.ZstdError, EOFError):
-        raise RunError(f"artifact: its {method} section is damaged") from None
-    if len(plain) > most:
-        raise RunError(f"artifact: its {method} section is larger than the network's {most} bytes")
+        plain = b""
+    if len(plain) != size: raise RunError(f"artifact: its {method} section is damaged")
     return plain
-
-def coding_order(clusters: np.ndarray, rows: list[int]) -> list[tuple[int, int, np.ndarray]]:
-    """(tensor, cluster, rows) of each run coded with one histogram; clusters of all rows."""
-    owns = np.split(clusters, np.cumsum(rows)[:-1])
-    return [(i, int(c), np.flatnonzero(own == c)) for i, own in enumerate(owns)
-            for c in np.unique(own)]
 
 def ans_models(histograms: np.ndarray) -> list:
     """constriction's entropy models of histograms uint16 (clusters, SYMBOLS)."""
@@ -1296,40 +1039,31 @@ def ans_models(histograms: np.ndarray) -> list:
     shares = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     return [constriction.stream.model.Categorical(row, perfect=False) for row in shares]
 
-def ans_encode(codes: list[np.ndarray], limits: list[int]) -> tuple[bytes, bytes]:
+def ans_encode(codes: list[np.ndarray]) -> tuple[bytes, bytes]:
     """(side information: cluster of each row, histograms; words: the compressed codes)."""
-    limit = np.concatenate([np.full(len(c), q) for c, q in zip(codes, limits)])
-    spread = np.concatenate([c.astype(np.float32).std(1) for c in codes])
-    clusters = np.zeros(len(limit), np.uint8)
-    for k, q in enumerate(sorted(set(limits))):  # ANS_CLUSTERS equal groups of like spread
-        rank = spread[limit == q].argsort(kind="stable").argsort(kind="stable")
-        clusters[limit == q] = k * ANS_CLUSTERS + rank * ANS_CLUSTERS // len(rank)
-    order = coding_order(clusters, [len(c) for c in codes])
-    runs = [codes[i][rows].ravel().astype(np.int32) + SYMBOLS // 2 for i, _, rows in order]
-    counts = np.zeros((int(clusters.max()) + 1, SYMBOLS), np.int64)
-    for (_, c, _), run in zip(order, runs):
-        counts[c] += np.bincount(run, minlength=SYMBOLS)
-    scaled = np.ceil(counts * (65535 / counts.max(1, keepdims=True).clip(1)))
-    histograms = scaled.clip(max=65535).astype("<u2")
+    rows = [row for tensor in codes for row in tensor.astype(np.int32) + SYMBOLS // 2]
+    rank = np.argsort(np.argsort([row.std() for row in rows], kind="stable"), kind="stable")
+    clusters, counts = (rank * ANS_CLUSTERS // len(rows)).astype(np.uint8), np.zeros(
+        (ANS_CLUSTERS, SYMBOLS), np.int64)  # equal groups of like spread
+    for row, c in zip(rows, clusters): counts[c] += np.bincount(row, minlength=SYMBOLS)
+    histograms = np.ceil(counts * (65535 / counts.max(1, keepdims=True).clip(1))).astype("<u2")
     models, coder = ans_models(histograms), constriction.stream.stack.AnsCoder()
-    for (_, c, _), run in reversed(list(zip(order, runs))):  # a stack: last in, first out
-        coder.encode_reverse(run, models[c])
+    for row, c in zip(rows[::-1], clusters[::-1]):  # a stack: last in, first out
+        coder.encode_reverse(row, models[c])
     return clusters.tobytes() + histograms.tobytes(), coder.get_compressed().astype("<u4").tobytes()
 
 def ans_decode(side: bytes, words: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
     """Inverse of ans_encode for int8 code arrays of the given (rows, cols); RunError on damage."""
-    rows = sum(r for r, _ in shapes)
-    clusters, histograms = np.frombuffer(side[:rows], np.uint8), side[rows:]
-    if len(histograms) != 2 * SYMBOLS * (int(clusters.max()) + 1) or len(words) % 4 or (
+    clusters = np.frombuffer(side[:sum(rows for rows, _ in shapes)], np.uint8)
+    histograms = np.frombuffer(side[len(clusters):], "<u2").reshape(-1, SYMBOLS)
+    if len(histograms) != ANS_CLUSTERS or clusters.max() >= ANS_CLUSTERS or len(words) % 4 or (
             words and not any(words[-4:])):  # no encoder ends with a zero word
         raise RunError("artifact: the sizes of its code sections do not fit the network")
-    models = ans_models(np.frombuffer(histograms, "<u2").reshape(-1, SYMBOLS))
+    models, order = ans_models(histograms), iter(clusters)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
-    codes = [np.zeros(shape, np.int8) for shape in shapes]
-    for i, c, own in coding_order(clusters, [r for r, _ in shapes]):
-        symbols = coder.decode(models[c], len(own) * shapes[i][1])
-        codes[i][own] = symbols.reshape(len(own), -1) - SYMBOLS // 2
-    return codes
+    tensors = ([coder.decode(models[next(order)], cols) for _ in range(rows)]
+               for rows, cols in shapes)
+    return [(np.stack(tensor) - SYMBOLS // 2).astype(np.int8) for tensor in tensors]
 
 def tensor_table(cfg: Config) -> list[list]:
     """[name, shape, limit] of every exported tensor of the architecture, by name; no memory."""
@@ -1345,7 +1079,7 @@ def pack(tensors: dict[str, Stored], cfg: Config, vocabulary: str) -> bytes:
     coded = [t for t in tensors.values() if t.limit]
     plain, words = b"".join(t.steps.astype("<f2").tobytes() for t in tensors.values()), b""
     if cfg.compressor == "ans":
-        side, words = ans_encode([t.codes for t in coded], [t.limit for t in coded])
+        side, words = ans_encode([t.codes for t in coded])
         section = compress(plain + side, "lzma")
     else:  # one byte a code: packing bits before a dictionary coder costs 12 % (#1649)
         section = compress(plain + b"".join(t.codes.tobytes() for t in coded), cfg.compressor)
@@ -1365,18 +1099,14 @@ def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
                        f"(this program reads {VERSION})")
     if size > len(body) or hashlib.sha256(body).digest() != digest:
         raise RunError("artifact: truncated or damaged (its SHA-256 does not match)")
-    kinds = {f.name: f for f in fields(Config)}
     try:
-        header, values = json.loads(body[:size]), {}
-        for name in ARCHITECTURE:
-            text, kind = str(header["architecture"][name]).strip("[]"), kinds[name]
-            values[name] = parse_value(name, text, kind.type, kind.metadata["allowed"])
-        cfg = replace(cfg, **values)
+        header = json.loads(body[:size])
+        cfg = replace(cfg, **{name: parse_value(name, str(header["architecture"][name]).strip("[]"))
+                              for name in ARCHITECTURE})
         check_config(cfg)
-        table, vocabulary = tensor_table(cfg), str(header["vocabulary"])
-        assert header["tensors"] == table and header["compressor"] in ("ans", "zstd", "lzma")
-        assert type(header["section_bytes"]) is int and vocabulary
-        assert 0 <= header["section_bytes"] <= len(body) - size
+        assert header["tensors"] == tensor_table(cfg) and header["vocabulary"]
+        assert header["compressor"] in ("ans", "zstd", "lzma")
+        assert type(section := header["section_bytes"]) is int and 0 <= section <= len(body) - size
     except (ValueError, KeyError, TypeError, AssertionError, RunError, RuntimeError, OverflowError):
         raise RunError("artifact: its header describes none of this program's networks") from None
     return header, body[size:], cfg
@@ -1394,10 +1124,8 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
     rows, cells = sum(r for r, _ in coded), sum(r * c for r, c in coded)
     floats = 2 * sum(halves.values())
     section, words = np.split(np.frombuffer(payload, np.uint8), [header["section_bytes"]])
-    plain = decompress(section.tobytes(), "lzma" if ans else header["compressor"],
-                       floats + (rows + 512 * SYMBOLS if ans else cells))
-    if len(plain) < floats + (rows if ans else cells):
-        raise RunError("artifact: its section is shorter than the network")
+    size = floats + (rows + 2 * SYMBOLS * ANS_CLUSTERS if ans else cells)
+    plain = decompress(section.tobytes(), "lzma" if ans else header["compressor"], size)
     ends = np.cumsum([r * c for r, c in coded])
     codes = ans_decode(plain[floats:], words.tobytes(), coded) if ans else (
         np.split(np.frombuffer(plain[floats:], np.int8), ends))
@@ -1410,20 +1138,21 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
                  for (name, shape, limit), step in zip(header["tensors"], steps)}
 
 def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
-    """The artifact of the model's weights. If the best clips do not fit the budget, the least clip,
-    a multiple of the row's RMS, is raised by bisection on exact sizes."""
+    """The artifact of the weights. If the best clips do not fit the budget, the least clip, one for
+    all rows, rises by bisection on exact sizes: equal steps are the best use of bits."""
     weights = {n: p.detach() for n, p in model.named_parameters()}
-    budget, low, high, floor = cfg.artifact_bytes - code_bytes(), 0.0, 64.0, 0.0
-    blob = pack(quantize(weights, cfg), cfg, data.corpus["vocabulary_sha256"])
-    for _ in range(12 if len(blob) > budget else 0):  # to 64/2^12 = 0.016 of the RMS
-        middle = (low + high) / 2
-        trial = pack(quantize(weights, cfg, middle), cfg, data.corpus["vocabulary_sha256"])
+    def attempt(floor):
+        return pack(quantize(weights, cfg, floor), cfg, data.corpus["vocabulary_sha256"])
+    budget, floor, blob = cfg.artifact_bytes - code_bytes(), 0.0, attempt(0.0)
+    low, high = CLIP_FLOORS
+    for _ in range(CLIP_TRIALS if len(blob) > budget else 0):
+        middle = math.sqrt(low * high)
+        trial = attempt(middle)
         low, high = (low, middle) if len(trial) <= budget else (middle, high)
-        if len(trial) <= budget or len(trial) < len(blob):
-            blob, floor = trial, middle
-    bits = 8 * len(blob) / sum(math.prod(shape) for _, shape, _ in tensor_table(cfg))
+        if len(trial) <= budget or len(trial) < len(blob): blob, floor = trial, middle
     run.row("artifact", artifact_bytes=len(blob), code_bytes=code_bytes(), clip_floor=floor,
-            compressor=cfg.compressor, bits_per_parameter=round(bits, 3))
+            compressor=cfg.compressor, bits_per_parameter=8 * len(blob) / sum(
+                w.numel() for n, w in weights.items() if n not in TRAINING_ONLY))
     return blob
 
 def code_bytes() -> int:
@@ -1432,9 +1161,9 @@ def code_bytes() -> int:
 
 # ---- Windows and neural pass ---------------------------------------------------------------------
 def windows(num_targets: int, seq_len: int, stride: int):
-    """Yield (start, first_scored, end): windows of seq_len inputs whose spans [first_scored, end)
-    tile the targets [0, num_targets). The first window scores all its targets, each next one its
-    last `stride`, a remainder is scored by a window shifted back. Target i is token i + 1."""
+    """Yield (start, first_scored, end): spans [first_scored, end) tile the targets, of which i is
+    token i + 1. The first window scores all its seq_len targets, each next one its last `stride`,
+    a remainder is scored by a window shifted back."""
     end = min(seq_len, num_targets)
     yield 0, 0, end
     while end < num_targets:
@@ -1442,9 +1171,9 @@ def windows(num_targets: int, seq_len: int, stride: int):
         yield max(0, end - seq_len), first, end
 
 class Grid:
-    """Windows in batches of one shape, the same for any number of ranks. Batch 0 is the first
-    window; the others have `batch` windows that score their last `last` targets. table: (windows,3)
-    int64 of start, first_scored, end. spans: each rank's targets [start, end), possibly none."""
+    """Windows in batches, the same for any number of ranks. Batch 0 is the first window; the others
+    are `batch` windows that score their last `last` targets. table (windows,3) int64: start,
+    first_scored, end. spans: each rank's targets [start, end), possibly none."""
     def __init__(self, num_targets: int, cfg: Config, stride: int, world: int):
         table = windows(num_targets, cfg.eval_seq_len, stride)
         self.table, self.last = torch.tensor(list(table)), stride
@@ -1453,10 +1182,8 @@ class Grid:
         count = 1 + -(-(len(self.table) - 1) // self.batch)
         cuts = [count * r // world for r in range(world + 1)]
         self.batches = [range(a, b) for a, b in zip(cuts, cuts[1:])]
-        ends = [int(self.table[min((c - 1) * self.batch, len(self.table) - 1), 2]) if c else 0
-                for c in cuts]
+        ends = [int(self.table[:1 + (c - 1) * self.batch][-1, 2]) if c else 0 for c in cuts]
         self.spans = list(zip(ends, ends[1:]))
-
     def rows(self, index: int) -> Tensor:
         """Windows (1 or batch, 3) of a batch; the last one is filled up with empty spans."""
         first = 1 + (index - 1) * self.batch
@@ -1464,23 +1191,22 @@ class Grid:
         filler = self.table[-1:, [0, 2, 2]].expand(self.batch - len(rows) if index else 0, 3)
         return torch.cat([rows, filler])
 
-# What mixing needs of the network, float64 (N,) each, in nats: log p of the target, entropy of the
-# distribution, log p(y) and log(1 - p(y)) of the hint y.
+# Float64 (N,) each, in nats: log p of the target, entropy, log p(y) and log(1 - p(y)) of hint y.
 NeuralColumns = collections.namedtuple("NeuralColumns", "logp entropy hint_logp hint_log1m")
 
 def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
-    """NeuralColumns stacked in the last dim, (...,4) float64, of logits (...,V) float32. 1 - p(y)
-    is a sum over the other tokens: a rounded p(y) near 1 leaves nothing to normalize with.
-    Exponentials and row sums are float32, their logarithms float64."""
+    """(...,2+2K) float64 of logits (...,V) float32, targets (...), hints (...,K): log p(target),
+    entropy, and log p(y), log(1 - p(y)) of each hint, 1 - p(y) as a sum over the other tokens: a
+    rounded p(y) near 1 leaves nothing to normalize with."""
     z = logits - logits.amax(-1, keepdim=True)
-    e, hints, targets = z.exp(), hints[..., None], targets[..., None]
-    others = e.scatter(-1, hints, 0.0).sum(-1).double().clamp(min=1e-300)
-    total = others + e.gather(-1, hints).squeeze(-1).double()
-    log_total = total.log()
-    entropy = log_total - (e * z).sum(-1).double() / total
-    target_z, hint_z = (z.gather(-1, x).squeeze(-1).double() for x in (targets, hints))
-    return torch.stack([target_z - log_total, entropy, hint_z - log_total,
-                        others.log() - log_total], -1)
+    e, pairs = z.exp(), []
+    for y in hints.unbind(-1):
+        others = e.scatter(-1, y[..., None], 0.0).sum(-1).double().clamp(min=1e-300)
+        total = others + e.gather(-1, y[..., None]).squeeze(-1).double()
+        pairs += [z.gather(-1, y[..., None]).squeeze(-1).double() - total.log(),
+                  others.log() - total.log()]
+    logp = z.gather(-1, targets[..., None]).squeeze(-1).double() - total.log()
+    return torch.stack([logp, total.log() - (e * z).sum(-1).double() / total, *pairs], -1)
 
 class NeuralPass:
     """The network over a rank's windows; the stream stays on the device as integers."""
@@ -1489,17 +1215,16 @@ class NeuralPass:
         self.tokens = data.val.to(run.device)  # (N+1,) int64
         self.grid = Grid(len(self.tokens) - 1, cfg, stride, run.world)
         self.start, self.end = self.grid.spans[run.rank]
-
     @torch.no_grad()
     def scores(self, tokens: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
-        """score_logits (B,last,4) of windows of tokens (B,T); targets and hints (B,last)."""
+        """score_logits of windows of tokens (B,T); targets (B,last), hints (B,last,K)."""
         return score_logits(self.model.logits(tokens, targets.size(1)), targets, hints)
-
-    def columns(self, hints: Tensor | None = None, progress: bool = False) -> NeuralColumns:
-        """Columns of this rank's span; hints (span,) int64, none where negative."""
+    def columns(self, hints: Tensor | None = None, progress: bool = False) -> Tensor:
+        """score_logits (span,2+2K) of this rank's span; hints (span,K), none where negative."""
         device, length = self.run.device, self.end - self.start
-        hints = torch.zeros(length, dtype=torch.int64, device=device) if hints is None else hints
-        out = torch.zeros(length + 1, 4, dtype=torch.float64, device=device)  # last row: discarded
+        hints = torch.zeros(length, 1, device=device) if hints is None else hints
+        hints = F.pad(hints.long().clamp(min=0), (0, 0, 0, 1))  # slot `length` is discarded
+        out = torch.zeros(length + 1, 2 + 2 * hints.size(1), dtype=torch.float64, device=device)
         score = compiled(self.scores, self.cfg, self.run)
         offsets = torch.arange(self.cfg.eval_seq_len, device=device)
         for b in self.grid.batches[self.run.rank]:
@@ -1508,24 +1233,19 @@ class NeuralPass:
             inputs = start + offsets  # (B,T) token positions
             index = inputs if b == 0 else inputs[:, -self.grid.last:]  # (B,last) target numbers
             slot = torch.where((index >= first) & (index < end), index - self.start, length)
-            hinted = hints[slot.clamp(max=length - 1)].clamp(min=0)
             function = score if b else self.scores  # batch 0 has a shape of its own: not compiled
             out[slot.flatten()] = function(self.tokens[inputs], self.tokens[index + 1],
-                                           hinted.long()).flatten(0, 1)
-            if progress:
-                self.log_progress(b, out)
-        return NeuralColumns(*out[:length].unbind(1))
-
+                                           hints[slot]).flatten(0, 1)
+            if progress and self.run.log_file: self.log_progress(b, out)
+        return out[:length]
     def log_progress(self, batch: int, out: Tensor) -> None:
         """On rank 0, the running bits per byte about every 2 % of its batches."""
         mine = self.grid.batches[0]
-        if self.run.is_main and (batch + 1) * 50 // len(mine) != batch * 50 // len(mine):
-            windows_done = min(batch * self.grid.batch + 1, len(self.grid.table))
-            targets = int(self.grid.table[windows_done - 1, 2])
-            count = int(self.data.table.target_bytes(self.data.val[:targets + 1]).sum())
-            bpb = -float(out[:targets, 0].sum()) / math.log(2) / max(1, count)
-            self.run.row("eval", f"eval [{windows_done}/{len(self.grid.table)}]", bpb=bpb)
-
+        if (batch + 1) * 50 // len(mine) != batch * 50 // len(mine):
+            done = self.grid.table[:batch * self.grid.batch + 1]
+            byte_counts = self.data.table.target_bytes(self.data.val[:done[-1, 2] + 1])
+            row = score_of(out[:len(byte_counts), 0].cpu(), byte_counts)
+            self.run.row("eval", f"eval [{len(done)}/{len(self.grid.table)}]", bpb=row["val_bpb"])
     @torch.no_grad()
     def distribution(self, target: int) -> Tensor:
         """The network's log-probabilities (V,) at a target, by the window that scores it."""
@@ -1544,8 +1264,8 @@ def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
 def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     """score_of windows that do not overlap, on rank 0; {} on the others."""
     neural = NeuralPass(model, data, cfg, run, cfg.eval_seq_len)
-    logp = run.gather(neural.columns().logp, neural.grid.spans)
-    return score_of(logp, data.table.target_bytes(data.val)) if run.is_main else {}
+    columns = run.gather(neural.columns(), neural.grid.spans)
+    return score_of(columns[:, 0], data.table.target_bytes(data.val)) if run.is_main else {}
 
 # ---- N-gram counts -------------------------------------------------------------------------------
 # Counting by sorting. Grouping positions by the n-gram that ends at each, in stream order inside
@@ -1555,11 +1275,11 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 # that begins with it can either, so the sorts shrink with every order. Buckets in place of
 # n-grams give a hashed table's counts, a rank among earlier chunks a coarser cache's.
 
-# Columns of one order n, (positions,) int32, over what is visible at the position: how often the
-# n - 1 tokens before it occurred, how often this token followed them, how many different tokens
-# did, the one that did last (-1: none), how often that one did. The last three: exact counts only.
-Counts = collections.namedtuple("Counts", "context pair distinct hint hint_count",
-                                defaults=(None, None, None))
+# Columns of one order n, (positions,) int32: how often the n - 1 tokens before occurred, how often
+# this token followed them; exact counts: how many different tokens did, the one that did last (-1:
+# none), how often that one did, and how many tokens ago.
+Counts = collections.namedtuple("Counts", "context pair distinct hint hint_count distance",
+                                defaults=(None, None, None, None))
 # M positions int64 (M,), group after group, in stream order inside each; index int32 (M,) of the
 # group's first member, which names the group.
 Groups = collections.namedtuple("Groups", "position start")
@@ -1594,20 +1314,23 @@ def earlier(groups: Groups, chunk: Tensor | None) -> Tensor:
     return run - groups.start
 
 def hint_columns(contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tensor):
-    """(M,) distinct, hint and hint_count of `contexts`: `occurred` times, pair[position] so."""
+    """Columns (M,) of contexts that `occurred` so often, pair[position] times with this token."""
     seen = pair[contexts.position]
     novel = (seen == 0).int()
     before = novel.cumsum(0, dtype=torch.int32) - novel
     distinct = before - before.index_select(0, contexts.start)
     hint = tokens[contexts.position].roll(1).masked_fill_(occurred == 0, -1)
     hint_count = (seen + 1).roll(1).masked_fill_(occurred == 0, 0)
-    return distinct, hint, hint_count
+    distance = contexts.position.diff(prepend=contexts.position[:1]).masked_fill_(occurred == 0, 0)
+    return distinct, hint, hint_count, distance
 
-def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=None, primes=None):
+def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=None, primes=None,
+                 documents=False):
     """Yield (order, Counts from position `start` on) for orders 1 to max_order. tokens (N,)
     integers >= 0. buckets: 0 exact, a power of two hashed. Targets 1, 2, ... fall into chunks, the
     first of `first`, then `granularity` each; a position sees the n-grams whose target lies in
-    earlier chunks. distinct and the hints: exact and one target a chunk only."""
+    earlier chunks. distinct and the hints: exact and one target a chunk only. documents: count
+    inside each document alone; its BOS, as a target, belongs to the document that it ends."""
     total, device = len(tokens), tokens.device
     primes, first = primes or Config.ngram_primes, first or granularity
     one_each, position = granularity == first == 1, torch.arange(total + 1, device=device)
@@ -1616,13 +1339,14 @@ def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=Non
     # 16-bit keys take half the sort's passes; the token -1 after the end repeats in no n-gram.
     narrow = torch.int16 if tokens.max() < 2**15 else torch.int32
     tokens = F.pad(tokens.to(narrow), (0, 1), value=-1)
-
     def column(groups, values, fill=0):
         out = torch.full((total + 1,), fill, dtype=torch.int32, device=device)
         out[groups.position] = values.int()
         return out
 
-    contexts = stream = Groups(position[:-1], torch.zeros_like(position[:-1], dtype=torch.int32))
+    is_first = position[:-1] == 0
+    is_first[1:] |= (tokens[:-2] == BOS) & documents
+    contexts = stream = Groups(position[:-1], run_starts(is_first))
     key = torch.zeros(total + 1, dtype=torch.int64, device=device)
     for order in range(1, max_order + 1):
         if buckets:
@@ -1634,72 +1358,83 @@ def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=Non
         columns = [column(contexts, occurred), column(grams, earlier(grams, chunk))]
         if one_each and not buckets:
             hints = hint_columns(contexts, occurred, columns[1], tokens)
-            columns += map(column, [contexts] * 3, hints, (0, -1, 0))
+            columns += map(column, [contexts] * 4, hints, (0, -1, 0, 0))
         yield order, Counts(*(c[start:total] for c in columns))
         grams = hashed if buckets else grams
         contexts = Groups(grams.position + 1, grams.start)
 
+def scan_ngrams(tokens, target, rule, max_order, cfg, begin=0):
+    """(order, Counts) (V,) of every token as if it were the target, which follows tokens[target].
+    Independent of count_ngrams: looks through the history, tokens [begin, target], no further."""
+    known, words, primes = tokens[begin:target + 1], torch.arange(cfg.vocab_size), cfg.ngram_primes
+    place, visible = len(known), min(target + 1 - begin, rule.visible(target, begin))
+    ends, keys = torch.arange(visible), torch.zeros(place + 1, dtype=torch.int64)
+    for order in range(1, max_order + 1):
+        n = order - 1  # tokens of a context
+        if n and n <= place:  # ends: places whose n tokens before are those before the target
+            ends = ends[ends >= n]
+            ends = ends[known[ends - n] == known[place - n]]
+            keys = F.pad(keys[:-1] ^ known * primes[(n - 1) % len(primes)], (1, 0))
+        followed = known[ends[:0] if n > place else ends]
+        if rule.buckets and 0 < n <= place:
+            last, mask = primes[n % len(primes)], rule.buckets - 1
+            table = ((keys[n:visible] ^ known[n:visible] * last) & mask).sort().values
+            wanted = (keys[place] ^ words * last) & mask
+            pair = torch.searchsorted(table, wanted, right=True) - torch.searchsorted(table, wanted)
+            context = (keys[n:visible] & mask == keys[place] & mask).sum()
+            yield order, Counts(context.expand(len(words)), pair)
+            continue
+        pair, count = torch.bincount(followed, minlength=len(words)), len(followed)
+        hint = int(followed[-1]) if count else -1
+        facts = (count, int((pair > 0).sum()), hint, int(pair[hint]) if count else 0,
+                 place - int(ends[-1]) if count else 0)
+        count, *rest = (torch.full_like(words, x) for x in facts)
+        yield order, Counts(count, pair, *rest)
 # ---- Mixing --------------------------------------------------------------------------------------
 # Backoff (submissions #889, #806, #890, #1094): the longest context that matches gives the ratio
 # min(pair, context)/context, which alpha, a function of the network's entropy, blends with the
-# network. With exact counts and a match that looks at the context alone this is a probability
-# distribution; with colliding tables, or a match that looks at the target, it is not.
+# network. It is a probability distribution with exact counts and a match on the context alone; with
+# colliding tables, or a match that looks at the target, it is not.
+#
+# Calibrated (ours): two stages, both distributions, both learned online from scored targets only.
+# Hint: the longest known context names a token y. A table holds how often such hints were right: a
+# bucket by what the counts say of the hint, KNOTS points over the network's logit p(y), linear in
+# between (an adaptive probability map, as in PAQ), at first the network's opinion. With s read from
+# it, p(y) = s, and the other tokens share 1 - s in the network's proportions.
+# Interpolation (Jelinek and Mercer 1980): P = (1 - lambda)*P + lambda*pair/context over contexts of
+# rising length, the document's, then the stream's. lambda comes from a table by what the context
+# looks like, re-estimated by EM: posterior mass that a level explained over mass that reached it.
+# Buckets look at contexts alone and tables change between chunks only, so a distribution is there
+# before its target. Tables count in integers of 2^-32: a GPU's order of adding cannot change them.
 
 PROBABILITY_FLOOR, BATCH_WINDOWS = 1e-12, 128  # the submissions'; #1094's between table updates
 
-@dataclass(frozen=True)
-class Rule:
-    """Which counts a backoff rule reads: buckets (0: exact), a match on "context" or "pair" too,
-    chunks of targets (`first`, then `granularity`), a history that begins cold with the span."""
-    buckets: int = 0
-    match: str = "context"
-    first: int = 1
+class Rule(typing.NamedTuple):
+    """Which counts a backoff rule reads."""
+    buckets: int = 0  # 0: exact
+    match: str = "context"  # or "pair" too
+    first: int = 1  # targets of the first chunk; the others have `granularity`
     granularity: int = 1
-    cold: bool = False
-
+    cold: bool = False  # the history begins with a rank's span
     def counted(self, tokens: Tensor, span: tuple[int, int], cfg: Config):
-        """(order, Counts) of the targets `span` of a stream (N+1,). Distributed prefill: a rank
-        counts all up to the end of its span, so its counts are those of one sequential pass."""
+        """(order, Counts) of the targets `span` of a stream; a rank counts all before (prefill)."""
         start, end = span
         begin = start if self.cold else 0
         first = self.granularity if self.cold and start else self.first
         return count_ngrams(tokens[begin:end + 1], cfg.ngram_max_order, start + 1 - begin,
                             self.buckets, self.granularity, first, cfg.ngram_primes)
-
-    def counted_for_all(self, tokens: Tensor, target: int, begin: int, cfg: Config):
-        """(order, Counts) of every token of the vocabulary (V,) as if it were the target.
-        Independent of count_ngrams: a direct scan of the history, which starts at token `begin`."""
+    def visible(self, target: int, begin: int) -> int:
+        """How many tokens from `begin` on a target sees counted."""
         first = self.granularity if self.cold and begin else self.first
         place = target - begin - first  # negative in the history's first chunk
-        visible = 1 + (first + place // self.granularity * self.granularity if place >= 0 else 0)
-        history, words = tokens[begin:begin + visible], torch.arange(cfg.vocab_size)
-        for n in range(cfg.ngram_max_order):  # n context tokens: order n + 1
-            ends, own = history[n:], tokens[target + 1 - n:target + 1]
-            past = [history[k:k + len(ends)] for k in range(n)]  # k-th context token of each end
-            if target + 1 - begin < n:
-                yield n + 1, Counts(torch.zeros_like(words), torch.zeros_like(words))
-            elif self.buckets and n:
-                *primes, last = [cfg.ngram_primes[k % len(cfg.ngram_primes)] for k in range(n + 1)]
-                keys, key = (functools.reduce(operator.xor, [t * p for t, p in zip(x, primes)])
-                             for x in (past, own))
-                mask = self.buckets - 1
-                table = torch.bincount((keys ^ ends * last) & mask, minlength=self.buckets)
-                context = ((keys & mask) == (key & mask)).sum().expand(cfg.vocab_size)
-                yield n + 1, Counts(context, table[(key ^ words * last) & mask])
-            else:
-                same = functools.reduce(operator.and_, [t == o for t, o in zip(past, own)],
-                                        torch.ones_like(ends, dtype=torch.bool))
-                pair = torch.bincount(ends[same], minlength=cfg.vocab_size)
-                yield n + 1, Counts(same.sum().expand(cfg.vocab_size), pair)
+        return 1 + (first + place // self.granularity * self.granularity if place >= 0 else 0)
 
 def backoff_rules(cfg: Config) -> dict[str, Rule]:
     """Every backoff scoring of a run, by its name in the score table."""
-    first, granularity = dict(
-        token=(1, 1), window=(cfg.eval_seq_len, cfg.eval_stride),
-        batch=(cfg.eval_seq_len + (BATCH_WINDOWS - 1) * cfg.eval_stride,
-               BATCH_WINDOWS * cfg.eval_stride))[cfg.ngram_granularity]
+    lag = dict(token=0, window=1, batch=BATCH_WINDOWS)[cfg.ngram_granularity] * cfg.eval_stride
+    first = cfg.eval_seq_len - cfg.eval_stride + lag if lag else 1
     rules = dict(backoff_exact=Rule(), backoff_hashed=Rule(
-        cfg.ngram_buckets, cfg.ngram_match, first, granularity, cfg.ngram_history == "cold"))
+        cfg.ngram_buckets, cfg.ngram_match, first, lag or 1, cfg.ngram_history == "cold"))
     if cfg.ngram_match == "pair":  # looks at the target: not normalized even with exact counts
         rules["backoff_exact_pair"] = Rule(match="pair")
     return rules
@@ -1712,8 +1447,7 @@ def backoff_columns(counted, match: str, cfg: Config) -> BackoffColumns:
     for order, counts in counted:
         context = counts.context.double()
         if order == 1:
-            matched = torch.full_like(counts.context, int(cfg.ngram_fallback == "unigram"),
-                                      dtype=torch.int8)
+            matched = (counts.context * 0 + (cfg.ngram_fallback == "unigram")).to(torch.int8)
             probability = (counts.pair + 0.5) / (context + 0.5 * cfg.vocab_size)
             started = counts.context >= cfg.ngram_start_tokens
         elif order >= cfg.ngram_min_order:
@@ -1735,75 +1469,241 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
     mixed = (1 - alpha) * logp.exp() + alpha * part.probability
     return torch.where(part.order > 0, mixed.clamp(min=PROBABILITY_FLOOR).log(), logp)
 
+# Constants of the calibrated mixer: chosen on one half of a corpus, see bench/mixers.py.
+ONE = 2.0**32  # the tables' unit
+KNOTS, KNOT_MAX = 25, 12.0  # a knot per logit from -12 to 12
+HINT_PRIOR = 10.0  # pseudo-observations a knot
+LEVEL_PRIOR = 0.1, 2.0  # a, b: lambda starts at a/(a + b)
+LOG2_COUNTS, VARIETIES, ENTROPIES = 13, 8, 6  # bins of a level's key; entropy in whole nats
+LEVEL_KEYS = 1 + LOG2_COUNTS * VARIETIES * 3
+HINT_ORDERS, SHARES = 17, 5  # bins of a hint's key; orders 16 and longer share theirs
+SHORT_ORDERS = 2, 3, 4  # orders asked whether they name the same hint; the document's levels
+
+# Of the counts: hint (N,) int32, -1: none; hint_key (N,) int32, what they say of it, 0: none; ratio
+# (levels,N) float32, pair/context of the target; level_key (levels,N) int16, of the context.
+NgramColumns = collections.namedtuple("NgramColumns", "hint hint_key ratio level_key")
+
+def distance_bin(distance: Tensor, near: int) -> Tensor:
+    """0 to 2: the context occurred last within attention, farther than `near`, or far away."""
+    return (distance >= near).int() + (distance >= 16 * near).int()
+
+def level_key(counts: Counts, near: int) -> Tensor:
+    """int16 key of each position's context: how often, how varied, how long ago; 0 if new."""
+    size = torch.frexp(counts.context.clamp(1, 2**(LOG2_COUNTS - 1)).float()).exponent - 1
+    variety = (counts.distinct * VARIETIES - 1) // counts.context.clamp(min=1)  # < VARIETIES
+    key = 1 + (size * VARIETIES + variety) * 3 + distance_bin(counts.distance, near)
+    return torch.where(counts.context > 0, key, 0).to(torch.int16)
+
+def ngram_columns(document_counts, counts, near: int) -> NgramColumns:
+    """From two iterables of (order, Counts), inside documents and over the stream. A hint's key:
+    its order, its share of the context, its distance, and which of SHORT_ORDERS agree with it."""
+    ratios, keys, short, hint, hint_key = [], [], [], -1, 0
+    for in_stream, counted in enumerate((document_counts, counts)):
+        for order, c in ((order, c) for order, c in counted if order > 1):
+            ratios.append((c.pair.double() / c.context.clamp(min=1)).float())
+            keys.append(level_key(c, near))
+            if in_stream:
+                share = c.hint_count * (SHARES - 1) // c.context.clamp(min=1)
+                key = min(order, HINT_ORDERS - 1) * SHARES + share
+                key = key * 3 + distance_bin(c.distance, near)
+                hint = torch.where(c.context > 0, c.hint, hint)
+                hint_key = torch.where(c.context > 0, key, hint_key)
+                short += [c.hint] if order in SHORT_ORDERS else []
+    for other in short: hint_key = hint_key * 2 + (other == hint)
+    return NgramColumns(hint, torch.where(hint >= 0, hint_key, 0), torch.stack(ratios),
+                        torch.stack(keys))
+
+def stream_columns(tokens: Tensor, span: tuple[int, int], cfg: Config) -> NgramColumns:
+    """NgramColumns of the targets `span` of a stream (N+1,), by one count of all before."""
+    tokens, start = tokens[:span[1] + 1], span[0] + 1
+    return ngram_columns(count_ngrams(tokens, max(SHORT_ORDERS), start, documents=True),
+                         count_ngrams(tokens, cfg.mixer_max_order, start), cfg.eval_seq_len)
+
+# M candidates, the targets of a chunk or all tokens at one position; is_hint: it is the hint.
+MixInputs = collections.namedtuple(
+    "MixInputs", "logp entropy hint_logp hint_log1m is_hint hint_key ratio level_key")
+# Mixed logp (M,), and what an update takes: knot (2,M), cells of the hint table, with weight (2,M)
+# int64; cell (levels,M) of the level table; posterior (1+levels,M), who explains how much of P.
+Prediction = collections.namedtuple("Prediction", "logp is_hint knot weight cell posterior")
+
+class CalibratedMixer:
+    """The tables. `predict` reads them, `update` adds a scored chunk; nothing else changes them."""
+    def __init__(self, levels: int, device="cpu"):
+        hints = HINT_ORDERS * SHARES * 3 * 2**len(SHORT_ORDERS) * KNOTS
+        self.hint_seen, self.hint_right = torch.zeros(2, hints, dtype=torch.int64, device=device)
+        cells = levels * ENTROPIES * LEVEL_KEYS
+        self.reached, self.explained = torch.zeros(2, cells, dtype=torch.int64, device=device)
+        self.first_cell = torch.arange(levels, device=device)[:, None] * ENTROPIES * LEVEL_KEYS
+    def copy(self) -> CalibratedMixer:
+        """The tables as they are now, on the CPU."""
+        other = object.__new__(CalibratedMixer)
+        vars(other).update({k: t.to("cpu", copy=True) for k, t in vars(self).items()})
+        return other
+    def hint_stage(self, x: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities (M,) after the hint, knots (2,M) and their weights (2,M)."""
+        step, has_hint = 2 * KNOT_MAX / (KNOTS - 1), x.hint_key > 0
+        place = ((x.hint_logp - x.hint_log1m + KNOT_MAX) / step).clamp(0, KNOTS - 1)
+        below = place.long().clamp(max=KNOTS - 2)
+        upper = ((place - below) * ONE).round().long()
+        knot = x.hint_key.long() * KNOTS + torch.stack([below, below + 1])
+        opinion = torch.sigmoid((knot % KNOTS).double() * step - KNOT_MAX) * HINT_PRIOR
+        right = opinion + self.hint_right[knot].double() / ONE
+        wrong = HINT_PRIOR + self.hint_seen[knot].double() / ONE - right
+        logits = right.log() - wrong.log()
+        logit = torch.lerp(logits[0], logits[1], place - below)
+        others = x.logp - x.hint_log1m + F.logsigmoid(-logit)
+        logp = torch.where(x.is_hint, F.logsigmoid(logit), others)
+        weight = torch.stack([int(ONE) - upper, upper]) * has_hint
+        return torch.where(has_hint, logp, x.logp), knot, weight
+    def predict(self, x: MixInputs) -> Prediction:
+        """Mix: P sums each level's lambda * ratio times the 1 - lambda of all levels above."""
+        logp, knot, weight = self.hint_stage(x)
+        entropy = x.entropy.long().clamp(0, ENTROPIES - 1)
+        cell = x.level_key.long() + entropy * LEVEL_KEYS + self.first_cell
+        a, b = LEVEL_PRIOR
+        explained, reached = (t[cell].double() / ONE for t in (self.explained, self.reached))
+        weights = ((a + explained) / (a + b + reached)).masked_fill_(x.level_key == 0, 0.0)
+        passed = (1 - weights).flip(0).cumprod(0).flip(0)
+        part = torch.cat([passed[:1] * logp.exp(), weights * x.ratio])
+        part[1:-1] *= passed[1:]
+        total = part.sum(0)
+        return Prediction(total.log(), x.is_hint, knot, weight, cell, part / total)
+    def update(self, seen: Prediction) -> None:
+        """Add scored targets. What reaches a level is what it and all below it explain."""
+        knot, cell = seen.knot.flatten(), seen.cell.flatten()
+        self.hint_seen.index_add_(0, knot, seen.weight.flatten())
+        self.hint_right.index_add_(0, knot, (seen.weight * seen.is_hint).flatten())
+        for table, mass in ((self.explained, seen.posterior),
+                            (self.reached, seen.posterior.cumsum(0))):
+            table.index_add_(0, cell, (mass[1:] * ONE).round().long().flatten())
+
+def mix(inputs: MixInputs, chunk: int, keep=()) -> tuple[Tensor, dict[int, CalibratedMixer]]:
+    """(log-probability (N,) of every target, the tables as they were at the targets of `keep` and,
+    by N, at the end). Score first: the tables are read for a chunk, then updated."""
+    out, kept = torch.empty_like(inputs.logp), {}
+    mixer, threads = CalibratedMixer(len(inputs.ratio), out.device), torch.get_num_threads()
+    torch.set_num_threads(1)  # a chunk is too small to share, and sums keep their order
+    for begin in range(0, len(out), chunk):
+        if own := [i for i in keep if begin <= i < begin + chunk]:
+            kept |= dict.fromkeys(own, mixer.copy())
+        seen = mixer.predict(MixInputs(*(c[..., begin:begin + chunk] for c in inputs)))
+        out[begin:begin + chunk] = seen.logp
+        mixer.update(seen)
+    torch.set_num_threads(threads)
+    return out, kept | {len(out): mixer.copy()}
+
+def inputs_for_all(logp: Tensor, ngram: NgramColumns) -> MixInputs:
+    """All V tokens at one position, from the network's log-probabilities (V,) and columns (V,)."""
+    words, y = torch.arange(len(logp)), ngram.hint[0].clamp(min=0)
+    others = logp.masked_fill(words == y, -math.inf).logsumexp(0)
+    entropy = -(logp.exp() * logp).sum()
+    neural = (x.expand_as(logp) for x in (entropy, logp[y], others))
+    return MixInputs(logp, *neural, ngram.hint == words, *ngram[1:])
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 MASS_POSITIONS, NORMALIZED_WITHIN = 32, 1e-4  # targets at which scorings are summed; tolerance
 
 class Evaluation:
-    """One neural pass over the validation stream, scored in several ways: the score table. `rows`
-    holds a result by scoring, on rank 0; `order`: the scorings, the headline first."""
+    """One neural pass over a stream, scored in several ways: the score table. On rank 0, by
+    scoring: `rows` of results, `logp` (N,). `samples`: targets where distributions are summed."""
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.cfg, self.run, self.data = cfg, run, data
         self.neural = NeuralPass(model, data, cfg, run, cfg.eval_stride)
         self.rules = backoff_rules(cfg) if cfg.ngram_enabled else {}
-        headline = f"backoff_{cfg.ngram_table}" if cfg.scoring == "backoff" else cfg.scoring
-        self.headline = headline if headline in self.rules else "neural"
-        others = sorted({"neural", *self.rules} - {self.headline})
-        self.order, self.rows, self.columns = [self.headline, *others], {}, None
-
+        names = ["neural", *self.rules, *["calibrated"][:cfg.ngram_enabled]]
+        wanted = f"backoff_{cfg.ngram_table}" if cfg.scoring == "backoff" else cfg.scoring
+        self.headline = wanted if wanted in names else "neural"
+        self.order = sorted(names, key=lambda name: name != self.headline)
+        self.rows, self.logp, self.columns, self.mixers = {}, {}, None, {}
+        self.samples = np.random.RandomState(cfg.seed).randint(
+            0, len(data.val) - 1, MASS_POSITIONS).tolist()
     def neural_pass(self) -> None:
-        """Run the network; its columns on rank 0."""
-        part = self.neural.columns(progress=True)
-        columns = [self.run.gather(c, self.neural.grid.spans) for c in part]
-        self.columns = NeuralColumns(*columns) if self.run.is_main else None
-
-    def score(self, scoring: str, started: float) -> None:
-        """Count for this rank's span, mix on rank 0, and keep the row; all ranks take part."""
-        cfg, run, part = self.cfg, self.run, None
+        """Count, to name the hints, and run the network; its columns on rank 0."""
+        cfg, spans, tokens = self.cfg, self.neural.grid.spans, self.neural.tokens
+        span, hints = spans[self.run.rank], None
+        if cfg.ngram_enabled:
+            hints = [stream_columns(tokens, span, cfg).hint]
+            if cfg.save_neural_pass:  # the hint of every order, for other rules
+                counted = count_ngrams(tokens[:span[1] + 1], cfg.mixer_max_order, span[0] + 1)
+                hints += [c.hint for order, c in counted if order > 1]
+            hints = torch.stack(hints, 1)
+        out = self.run.gather(self.neural.columns(hints, progress=True), spans)
+        if self.run.is_main:
+            self.columns = NeuralColumns(*out[:, :4].unbind(1))
+            if cfg.save_neural_pass:
+                byte_counts = self.data.table.target_bytes(self.data.val)
+                np.savez(cfg.save_neural_pass, tokens=self.data.val.numpy().astype(np.uint16),
+                         columns=out.numpy(), byte_counts=byte_counts.numpy())
+    def mix_inputs(self, end: int) -> MixInputs:
+        """What the calibrated mixer reads for the targets before `end`, on rank 0's device."""
+        tokens = self.neural.tokens[:end + 1]
+        ngram = stream_columns(tokens, (0, end), self.cfg)
+        neural = (c[:end].to(tokens.device) for c in self.columns)
+        return MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:])
+    def mixed(self, scoring: str) -> Tensor | None:
+        """Log-probabilities (N,) of a scoring on rank 0; all ranks take part."""
+        cfg, run, spans, tokens = self.cfg, self.run, self.neural.grid.spans, self.neural.tokens
+        if scoring == "calibrated" and run.is_main:
+            inputs = self.mix_inputs(len(tokens) - 1)
+            logp, self.mixers = mix(inputs, cfg.mixer_chunk_tokens, self.samples)
+            order = inputs.hint_key // (SHARES * 3 * 2**len(SHORT_ORDERS))
+            self.record_orders(scoring, order, right=inputs.is_hint)
+            return logp.cpu()
         if scoring in self.rules:
-            rule, span = self.rules[scoring], (self.neural.start, self.neural.end)
-            part = backoff_columns(rule.counted(self.neural.tokens, span, cfg), rule.match, cfg)
-            part = BackoffColumns(*(run.gather(c, self.neural.grid.spans) for c in part))
-            if rule.cold and run.world > 1:
-                run.log(f"{scoring}: each of the {run.world} ranks begins with a cold cache, so "
-                        "its score depends on their number")
-        if not run.is_main:
-            return
-        logp = self.columns.logp
-        logp = logp if part is None else backoff_logp(logp, self.columns.entropy, part, cfg)
+            rule = self.rules[scoring]
+            part = backoff_columns(rule.counted(tokens, spans[run.rank], cfg), rule.match, cfg)
+            part = BackoffColumns(*(run.gather(c, spans) for c in part))
+            if run.is_main:
+                self.record_orders(scoring, part.order)
+                return backoff_logp(self.columns.logp, self.columns.entropy, part, cfg)
+        return self.columns.logp if run.is_main else None
+    def record_orders(self, scoring: str, order: Tensor, **which: Tensor) -> None:
+        """For the plot: targets by longest matching order, and those with a right hint."""
+        counts = {k: torch.bincount(order.long()[v]).tolist() for k, v in which.items()}
+        counts["count"] = torch.bincount(order.long()).tolist()
+        self.run.record["matched_orders"].append(dict(scoring=scoring, **counts))
+    def score(self, scoring: str, started: float) -> None:
+        """Mix, and keep the row with its seconds since `started`; all ranks take part."""
+        logp = self.mixed(scoring)
+        if logp is None: return
         byte_counts = self.data.table.target_bytes(self.data.val)
-        self.rows[scoring] = score_of(logp, byte_counts) | dict(seconds=run.sync() - started)
-        run.record["curves"].append(dict(scoring=scoring, **running_bpb(logp, byte_counts)))
-        if part is not None:
-            orders = torch.bincount(part.order.long(), minlength=cfg.ngram_max_order + 1)
-            run.record["matched_orders"].append(dict(scoring=scoring, count=orders.tolist()))
-
+        seconds, self.logp[scoring] = self.run.sync() - started, logp
+        self.rows[scoring] = score_of(logp, byte_counts) | dict(seconds=seconds)
+        self.run.record["curves"].append(dict(scoring=scoring, **running_bpb(logp, byte_counts)))
+    def candidates(self, target: int, logp: Tensor) -> MixInputs:
+        """All tokens (V,) at a target, from the network's log-probabilities (V,)."""
+        cfg, tokens = self.cfg, self.data.val
+        starts = (tokens[:target + 1] == BOS).nonzero().flatten().tolist()
+        begin = starts[-1] + 1 if starts else 0
+        documents = scan_ngrams(tokens, target, Rule(), max(SHORT_ORDERS), cfg, begin)
+        stream = scan_ngrams(tokens, target, Rule(), cfg.mixer_max_order, cfg)
+        return inputs_for_all(logp, ngram_columns(documents, stream, cfg.eval_seq_len))
     def distribution(self, scoring: str, target: int, logp: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities (V,) of a scoring at a target, and the n-gram part's (V,) if a rule's.
-        logp: the network's (V,). Counts come from a direct scan, not from count_ngrams."""
-        if scoring not in self.rules:
-            return logp, None
-        rule, begin = self.rules[scoring], 0
-        if rule.cold:
-            begin = max(a for a, b in self.neural.grid.spans if a <= target < b)
-        counted = rule.counted_for_all(self.data.val, target, begin, self.cfg)
-        part = backoff_columns(counted, rule.match, self.cfg)
+        """Log-probabilities (V,) of a scoring from the network's, and a rule's n-gram part (V,)."""
+        if scoring == "calibrated":
+            return self.mixers[target].predict(self.candidates(target, logp)).logp, None
+        if scoring not in self.rules: return logp, None
+        rule, spans, cfg = self.rules[scoring], self.neural.grid.spans, self.cfg
+        begin = max(a for a, b in spans if a <= target < b) if rule.cold else 0
+        counted = scan_ngrams(self.data.val, target, rule, cfg.ngram_max_order, cfg, begin)
+        part = backoff_columns(counted, rule.match, cfg)
         entropy = -(logp.exp() * logp).sum().expand_as(logp)
         ngram = torch.where(part.order > 0, part.probability, 0.0)
-        return backoff_logp(logp, entropy, part, self.cfg), ngram
-
+        return backoff_logp(logp, entropy, part, cfg), ngram
     def masses(self) -> None:
-        """Sum each scoring over the vocabulary at sampled targets; marks the rows, on rank 0."""
-        positions = np.random.RandomState(self.cfg.seed).randint(
-            0, len(self.data.val) - 1, MASS_POSITIONS).tolist()
-        networks = [self.neural.distribution(i) for i in positions]
+        """Sum each scoring over the vocabulary at the samples, and compare the score given there
+        (score_error, nats); marks the rows, on rank 0."""
+        networks = [self.neural.distribution(i) for i in self.samples]
         for scoring, row in self.rows.items():
-            pairs = [self.distribution(scoring, i, n) for i, n in zip(positions, networks)]
+            pairs = [self.distribution(scoring, i, n) for i, n in zip(self.samples, networks)]
             masses = [float(p.exp().sum()) for p, _ in pairs]
             sums = [float(n.sum()) for _, n in pairs if n is not None and n.any()]
-            row |= dict(mass=float(np.mean(masses)), max_mass=max(masses))
+            errors = [abs(float(p[self.data.val[i + 1]] - self.logp[scoring][i]))
+                      for i, (p, _) in zip(self.samples, pairs)]
+            row |= dict(mass=float(np.mean(masses)), max_mass=max(masses), score_error=max(errors),
+                        mass_error=max(abs(m - 1) for m in masses))
             row |= dict(ngram_mass=float(np.mean(sums))) if sums else {}
-            wrong = max(abs(m - 1) for m in masses) > NORMALIZED_WITHIN
-            row["normalized"] = "no" if wrong else "yes"
+            row["normalized"] = "no" if row["mass_error"] > NORMALIZED_WITHIN else "yes"
 
 def running_bpb(logp: Tensor, byte_counts: Tensor, points: int = 200) -> dict:
     """The score along the stream: bits per byte of the first k targets at `points` places."""
@@ -1817,26 +1717,183 @@ def unigram_bpb(data: Data) -> float:
     bits = -(counts * (counts / counts.sum()).clamp(min=1e-300).log2()).sum()
     return float(bits / data.table.target_bytes(data.val).sum())
 
+# ---- Audit ---------------------------------------------------------------------------------------
+# The run proves its own score: what the challenge's issue #1017 asks (causal, normalized, scored
+# before seen, one pass), its bytes, and that it is the length of a message that decodes. Checks go
+# another way than the score: a changed stream, counts by scans, a coder that goes token by token.
+
+AUDIT_UPDATES, AUDIT_TARGETS = 3, 1024  # table updates before coding starts; targets coded
+AUDIT_TEXT_TOKENS = 2_000_000  # whose bytes are counted in their text
+MASS_WITHIN, SCORE_WITHIN = 1e-6, 1e-4  # of 1; of the batched score, in nats
+CODED_WITHIN, CODED_BITS = 1e-3, 64  # of the claim: a coder's fixed-point loss and its last words
+
+def audit_span(cfg: Config, targets: int) -> tuple[int, int]:
+    """(first, end) of the coded targets: whole windows, so that the run scored them by the same."""
+    length, stride = cfg.eval_seq_len, cfg.eval_stride
+    known, strides = AUDIT_UPDATES * cfg.mixer_chunk_tokens, (targets - length) // stride
+    before = min(max(0, -((length - known) // stride)), strides // 2)
+    coded = min(-(-AUDIT_TARGETS // stride), strides - before)
+    return length + before * stride, length + (before + coded) * stride
+
+def evaluate_alone(model: GPT, val: Tensor, cfg: Config, run: Run, samples=()) -> Evaluation:
+    """An evaluation of another stream after its neural pass, on this rank alone."""
+    cfg = replace(cfg, save_neural_pass="")
+    evaluation = Evaluation(model, Data(None, None, None, val, {}), cfg, run.alone())
+    evaluation.samples = samples
+    evaluation.neural_pass()
+    return evaluation
+
+def audit_causal(evaluation: Evaluation) -> dict:
+    """Replace every token from a random target on, in a stream cut soon after: no score before may
+    differ, neither from the run's own, nor the whole distribution at that target."""
+    e, val, cfg = evaluation, evaluation.data.val, evaluation.cfg
+    first, end = audit_span(cfg, len(val) - 1)
+    rng = np.random.RandomState(cfg.seed)
+    target = int(rng.randint(first, end))
+    changed = val[:end + 1].clone()
+    changed[target + 1:] = torch.from_numpy(rng.randint(0, cfg.vocab_size, end - target))
+    both = [evaluate_alone(e.neural.model, x, cfg, e.run, [target])
+            for x in (val[:end + 1], changed)]
+    real, other = (x.mixed(e.headline) for x in both)
+    whole = [x.distribution(e.headline, target, x.neural.distribution(target))[0] for x in both]
+    pairs = [(real[:target], other[:target]), (real, e.logp[e.headline][:end]), whole]
+    pairs += [(a[:target + 1], b[:target + 1])  # all but the target's own log-probability
+              for a, b in list(zip(*(x.columns for x in both)))[1:]]
+    differing = sum(int((a != b).sum()) for a, b in pairs)
+    return dict(passed=not differing, target=target, replaced=end - target, differing=differing)
+
+def audit_normalized(evaluation: Evaluation) -> dict:
+    """Sums over the vocabulary at the sampled targets, by scans; the scores given were theirs."""
+    row = evaluation.rows[evaluation.headline]
+    passed = row["mass_error"] <= MASS_WITHIN and row["score_error"] <= SCORE_WITHIN
+    return dict(passed=passed, targets=MASS_POSITIONS, **{key: row[key] for key in (
+        "mass", "mass_error", "score_error", "ngram_mass") if key in row})
+
+def audit_single_pass(evaluation: Evaluation) -> dict:
+    """Every target is in one scored span; sampled tables equal those made of a cut-off stream."""
+    e, edges = evaluation, np.zeros(len(evaluation.data.val), np.int64)
+    rows = torch.cat([e.neural.grid.rows(b) for batches in e.neural.grid.batches for b in batches])
+    np.add.at(edges, rows[:, 1].numpy(), 1)
+    np.add.at(edges, rows[:, 2].numpy(), -1)
+    times, rebuilt, wrong = edges.cumsum()[:-1], sorted(e.mixers)[:4], 0
+    for target in rebuilt:
+        begin = target // e.cfg.mixer_chunk_tokens * e.cfg.mixer_chunk_tokens
+        tables = vars(mix(e.mix_inputs(begin), e.cfg.mixer_chunk_tokens)[1][begin])
+        wrong += any(not torch.equal(t, tables[k]) for k, t in vars(e.mixers[target]).items())
+    return dict(passed=bool((times == 1).all()) and not wrong, targets=len(times),
+                most_times=int(times.max()), unscored=int((times == 0).sum()),
+                rebuilt_tables=len(rebuilt), wrong_tables=wrong)
+
+def audit_bytes(evaluation: Evaluation) -> dict:
+    """Token bytes of each document against the UTF-8 length of its decoded text; no <unk>."""
+    tokenizer, val, table = evaluation.data.tokenizer, evaluation.data.val, evaluation.data.table
+    unknown = int((val[1:] == tokenizer.unk_id()).sum())
+    starts, wrong, counted, documents = (val == BOS).nonzero().flatten(), 0, 0, 0
+    for document in val[:AUDIT_TEXT_TOKENS].tensor_split(starts[starts < AUDIT_TEXT_TOKENS]):
+        while len(document) > 1 and tokenizer.is_byte(int(document[-1])):
+            document = document[:-1]  # the stream's end may cut a character
+        if len(document) > 1:
+            own = int(table.target_bytes(document).sum())
+            wrong += own != len(tokenizer.decode(document[1:].tolist()).encode())
+            counted, documents = counted + own, documents + 1
+    return dict(passed=not (wrong or unknown), documents=documents, bytes=counted,
+                wrong_documents=wrong, unknown_targets=unknown)
+
+def replay(evaluation: Evaluation, first: int, choose) -> Tensor:
+    """Go through the targets from `first` on one at a time: choose(target, log-probabilities (V,))
+    gives each token, and only then it is known. Returns the tokens' log-probabilities."""
+    e, out, chunk = evaluation, [], evaluation.cfg.mixer_chunk_tokens
+    if calibrated := e.headline == "calibrated":
+        full, inputs = first // chunk * chunk, e.mix_inputs(first)
+        part = [MixInputs(*(c[..., a:b].cpu() for c in inputs))
+                for a, b in ((0, full), (full, first))]
+        mixer, pending = mix(part[0], chunk)[1][full], [part[1]]
+    for target in range(first, len(e.data.val) - 1):
+        network = e.neural.distribution(target)
+        if calibrated:
+            candidates = e.candidates(target, network)
+            logp = mixer.predict(candidates).logp
+        else:
+            logp = e.distribution(e.headline, target, network)[0]
+        token = choose(target, logp)
+        e.data.val[target + 1] = e.neural.tokens[target + 1] = token
+        out.append(logp[token])
+        if calibrated:
+            pending.append(MixInputs(*(c[..., token:token + 1] for c in candidates)))
+            if (target + 1) % chunk == 0:
+                seen = MixInputs(*(torch.cat(c, -1) for c in zip(*pending)))
+                mixer.update(mixer.predict(seen))
+                pending = []
+    return torch.stack(out)
+
+def entropy_model(logp: Tensor):
+    """constriction's model of a distribution (V,), made to add up to 1 whatever it claims."""
+    probabilities = (logp - logp.logsumexp(0)).exp().float().numpy()
+    return constriction.stream.model.Categorical(probabilities, perfect=False)
+
+def encode_message(model: GPT, val: Tensor, span: tuple[int, int], cfg: Config, run: Run):
+    """(message: the numbers `span`, the tokens before it as they are, the targets in it coded;
+    bits of the coded part; log-probabilities of the coded targets)."""
+    coder, first = constriction.stream.queue.RangeEncoder(), span[0] + 1
+    prefix = val[:first].numpy().astype("<u2").tobytes()
+    def choose(target, logp):
+        coder.encode(int(val[target + 1]), entropy_model(logp))
+        return int(val[target + 1])
+    known = F.pad(val[:first], (0, span[1] + 1 - first))  # the others are still 0
+    logp = replay(evaluate_alone(model, known, cfg, run), span[0], choose)
+    words = coder.get_compressed().astype("<u4").tobytes()
+    return struct.pack("<2I", *span) + prefix + words, 8 * len(words), logp
+
+def decode_message(model: GPT, message: bytes, cfg: Config, run: Run) -> Tensor:
+    """The tokens (end+1,) of an encoded message, from the network and the message alone."""
+    first, end = struct.unpack_from("<2I", message)
+    prefix = torch.from_numpy(np.frombuffer(message, "<u2", first + 1, 8).astype(np.int64))
+    words = np.frombuffer(message, "<u4", offset=8 + 2 * len(prefix)).astype(np.uint32)
+    coder = constriction.stream.queue.RangeDecoder(words)
+    evaluation = evaluate_alone(model, F.pad(prefix, (0, end - first)), cfg, run)
+    replay(evaluation, first, lambda _, logp: int(coder.decode(entropy_model(logp))))
+    return evaluation.data.val
+
+def audit_decodable(evaluation: Evaluation) -> dict:
+    """Code a part of the stream from the headline's distributions, and decode it."""
+    e, val, model = evaluation, evaluation.data.val, evaluation.neural.model
+    first, end = audit_span(e.cfg, len(val) - 1)
+    message, bits, logp = encode_message(model, val, (first, end), e.cfg, e.run)
+    decoded = decode_message(model, message, e.cfg, e.run)
+    claimed = e.logp[e.headline][first:end]
+    claim, error = -float(claimed.sum()) / math.log(2), float((claimed - logp).abs().max())
+    same = torch.equal(decoded, val[:end + 1])
+    within = abs(bits - claim) <= CODED_WITHIN * claim + CODED_BITS
+    return dict(passed=same and within and error <= SCORE_WITHIN, targets=end - first,
+                prefix_tokens=first + 1, same_tokens=same, score_error=error, coded_bits=bits,
+                claimed_bits=round(claim, 1))
+
+def audit(evaluation: Evaluation) -> list[str]:
+    """Run every check and log its verdict, on rank 0 all by itself; the names of those failed."""
+    run = evaluation.run
+    for check in (audit_causal, audit_normalized, audit_single_pass, audit_bytes, audit_decodable):
+        started, name = run.sync(), check.__name__.removeprefix("audit_")
+        figures = check(evaluation)
+        verdict = "PASS" if figures.pop("passed") else "FAIL"
+        run.row("audit", f"audit {name} {verdict}", **figures, seconds=run.sync() - started)
+        run.record["audit"][-1] |= dict(name=name, verdict=verdict)
+    return [row["name"] for row in run.record["audit"] if row["verdict"] == "FAIL"]
+
 # ---- Report --------------------------------------------------------------------------------------
 def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     """Log configuration, versions, hardware, revision and corpus."""
     gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "none"
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    code, revision = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), ""
+    with contextlib.suppress(OSError):  # "+": changed since
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"], text=True,
+            cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip()
     run.record |= dict(notes=notes, corpus=data.corpus, config=asdict(cfg), facts=dict(
         torch=torch.__version__, python=platform.python_version(), numpy=np.__version__,
         machine=platform.machine(), cores=os.cpu_count(), gpu=gpu, world_size=run.world,
-        revision=git_revision(), code_sha256=code))
+        revision=revision or "unknown", code_sha256=code, code_bytes=code_bytes()))
     for kind in ("facts", "corpus", "config"):
         run.log(f"{kind} " + " ".join(f"{k}:{v}" for k, v in run.record[kind].items()))
-
-def git_revision() -> str:
-    """The commit this file is at, "+" if changed since, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always",
-               "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, text=True, capture_output=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
 
 def report_budgets(run: Run, cfg: Config, total_bytes: int, eval_seconds: float) -> None:
     """One PASS or FAIL line for each of the challenge's budgets."""
@@ -1849,51 +1906,6 @@ def report_budgets(run: Run, cfg: Config, total_bytes: int, eval_seconds: float)
         run.record["budget"].append(dict(name=name, used=used, limit=limit, verdict=verdict))
         run.log(f"budget {name}:{used}/{limit:.10g} {verdict}")
 
-def submission(cfg: Config, run: Run, final: dict, eval_seconds: float) -> dict:
-    """The run in the form of the challenge's submission.json."""
-    facts, trained = run.record["facts"], (run.record["trained"] or [{}])[-1]
-    hardware = f"{run.world}x {facts['gpu']}" if facts["gpu"] != "none" else (
-        f"{facts['cores']} CPU cores, {facts['machine']}")
-    own = {key: getattr(cfg, key) for key in ("author", "github_id", "recipe", "scale", "seed")}
-    return own | dict(
-        name=cfg.run_id, val_loss=final["val_loss"], val_bpb=final["val_bpb"],
-        scoring=final["scoring"], normalized=final["normalized"] == "yes",
-        bytes_total=final["total_bytes"], bytes_code=code_bytes(), steps=trained.get("steps"),
-        train_seconds=trained.get("train_seconds"), eval_seconds=round(eval_seconds, 1),
-        hardware=hardware, torch=facts["torch"], corpus=run.record["corpus"],
-        revision=facts["revision"])
-
-def plot(record: dict) -> bytes:
-    """Four panels as PNG, 1200 x 900: training, validation, running score, matched orders."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
-    loss, validation, curve, orders = axes.flat
-    scale, train, checks = loss.twinx(), record["train"], record["validation"]
-    steps = [r["step"] for r in train]
-    loss.plot(steps, [r["train_loss"] for r in train], color="C0")
-    scale.plot(steps, [r["lr_scale"] for r in train], color="C7", linestyle="--")
-    scale.set(ylabel="lr scale (dashed)", ylim=(0, 1.05))
-    validation.plot([r["step"] for r in checks], [r["val_bpb"] for r in checks], "o-")
-    for row in record["curves"]:
-        skip = len(row["bpb"]) // 50  # the first few targets are noise
-        curve.plot(row["targets"][skip:], row["bpb"][skip:], label=row["scoring"])
-    for row in record["matched_orders"]:
-        orders.plot(100 * np.array(row["count"]) / sum(row["count"]), "o-", label=row["scoring"])
-    loss.set(title="Training loss", xlabel="step", ylabel="nats per token")
-    validation.set(title="Validation during training", xlabel="step", ylabel="bits per byte")
-    curve.set(title="Score along the stream", xlabel="targets scored", ylabel="bits per byte")
-    orders.set(title="Longest matching order", xlabel="order (0: none)", ylabel="% of targets")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100)
-    pyplot.close(figure)
-    return image.getvalue()
-
 def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> None:
     """Result lines, score table, budgets, files and, last, the final line; on rank 0."""
     stage, headline = f"int{cfg.matrix_bits}_sliding", evaluation.headline
@@ -1904,18 +1916,17 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
         run.log(f"{scoring:20} {row['val_bpb']:10.6f} {row['mass']:12.6g}  {row['normalized']}"
                 + ("  <- headline" if scoring == headline else ""))
     best, total = evaluation.rows[headline], len(blob) + code_bytes()
-    if best["normalized"] == "no":
-        run.log(f"warning: {headline} is no probability distribution (mass {best['mass']:.6g}): "
-                "its bits per byte are not a compression rate")
     report_budgets(run, cfg, total, best["seconds"])
     final = {key: best[key] for key in ("val_loss", "val_bpb")} | dict(
         scoring=headline, normalized=best["normalized"], total_bytes=total, seed=cfg.seed)
-    record = submission(cfg, run, final, best["seconds"])
-    write_atomic(run.path(".submission.json"), json.dumps(record, indent=1).encode())
-    write_atomic(run.path(".png"), plot(run.record))
-    run.log(f"files {run.base}.txt .json .png .submission.json")
     run.record["final"].append(final)
-    write_atomic(run.path(".json"), json.dumps(run.record, indent=1).encode())
+    run.save(".json", json.dumps(run.record, indent=1).encode())
+    try:  # for people only: the score does not need them
+        from tools.report import plot, submission
+        run.save(".png", plot(run.record))
+        run.save(".submission.json", submission(run.record))
+    except ImportError as error:
+        run.log(f"no plot and no submission.json: {error}")
     run.row("final", **final)
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -1926,31 +1937,22 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
     trainer = Trainer(model, data, cfg, run)
     trainer.train()
     run.stage = "export"
-
-    def save(suffix: str, make) -> Path:
-        write_atomic(run.path(suffix), make())
-        run.log(f"saved {run.path(suffix)}")
-        return run.path(suffix)
     weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-    run.agree(lambda: save(".safetensors", lambda: safetensors.torch.save(weights)))
+    run.agree(lambda: run.save(".safetensors", safetensors.torch.save(weights)))
     trainer.validate()
-    return run.agree(lambda: save(f".int{cfg.matrix_bits}.ptz",
-                                  lambda: export(model, data, cfg, run)))
+    return run.agree(lambda: run.save(f".int{cfg.matrix_bits}.ptz", export(model, data, cfg, run)))
 
-def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> None:
-    """Score what would be shipped, from the artifact's first byte to the final line."""
+def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> int:
+    """Score what would be shipped; the exit status, 3 if AUDIT=strict and a check failed."""
     run.stage, started = "evaluation", run.sync()
     blob = path.read_bytes()
     cfg, tensors = unpack(blob, cfg, data.corpus["vocabulary_sha256"])
-    model = build_model(replace(cfg, mtp_num_heads=0), run)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(tensors[name].tensor())
+    weights = {name: tensor.tensor() for name, tensor in tensors.items()}
+    model = build_model(replace(cfg, mtp_num_heads=0), run, weights)
     evaluation = Evaluation(model, data, cfg, run)
     evaluation.neural_pass()
     evaluation.score(evaluation.headline, started)  # the evaluation clock ends here
-    for scoring in evaluation.order[1:]:
-        evaluation.score(scoring, run.sync())
+    for scoring in evaluation.order[1:]: evaluation.score(scoring, run.sync())
     started = run.sync()
     roundtrip = neural_score(model, data, cfg, run)
     if run.is_main:
@@ -1958,18 +1960,20 @@ def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> None:
                 seconds=run.sync() - started)
         run.row("baseline", unigram_bpb=unigram_bpb(data))
         evaluation.masses()
+    run.stage = "audit"
+    failed = cfg.audit != "0" and run.agree(lambda: audit(evaluation))
     run.agree(lambda: final_report(evaluation, blob, cfg, run))
+    return 3 if failed and cfg.audit == "strict" else 0
 
-def run_all(cfg: Config, notes: list[str], run: Run) -> None:
-    """The whole run, as a table of contents."""
-    for note in notes:
-        run.log(note)
+def run_all(cfg: Config, notes: list[str], run: Run) -> int:
+    """The whole run, as a table of contents; the exit status."""
+    for note in notes: run.log(note)
     run.stage = "data"
     cfg.load_artifact or micro_batch_tokens(cfg, run.world)  # fails before expensive work
     data = run.agree(lambda: load_data(cfg, run), everywhere=True)
     run.agree(lambda: describe_run(cfg, notes, data, run))
     path = Path(cfg.load_artifact) if cfg.load_artifact else make_artifact(data, cfg, run)
-    evaluate_artifact(path, data, cfg, run)
+    return evaluate_artifact(path, data, cfg, run)
 
 def main() -> int:
     """Run as the environment says; the exit status."""
@@ -1980,20 +1984,16 @@ def main() -> int:
     try:
         cfg, notes = load_config(os.environ)
         run = Run(cfg)
-        run_all(cfg, notes, run)
-        return 0
+        return run_all(cfg, notes, run)
     except (RunError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("DEBUG", "0") == "1":
-            raise
+        if os.environ.get("DEBUG", "0") == "1": raise
         full = isinstance(error, torch.OutOfMemoryError)
         message = (f"out of device memory during {run.stage}: lower MICRO_BATCH_TOKENS or "
                    "EVAL_BATCH_WINDOWS") if full else str(error)
-        if is_main or full:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+        if is_main or full: print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
     finally:
-        if run:
-            run.close()
+        if run: dist.destroy_process_group()
 
 if __name__ == "__main__":
     os._exit(main())  # not through the teardown of the collectives' threads, which can abort

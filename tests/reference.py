@@ -23,7 +23,7 @@ def key_of(tokens, primes, buckets):
 
 
 def count(tokens, order, buckets=0, granularity=1, first=None, primes=(1,)):
-    """[(context, pair, distinct, hint, hint_count)] of every position, by tables of counters."""
+    """[(context, pair, distinct, hint, hint_count, distance)] of every position, by counters."""
     first, n, rows = first or granularity, order - 1, []
     buckets = buckets if order > 1 else 0
     contexts, pairs, followers, latest, counted = Counter(), Counter(), defaultdict(Counter), {}, 0
@@ -37,15 +37,17 @@ def count(tokens, order, buckets=0, granularity=1, first=None, primes=(1,)):
             contexts[key_of(context, primes, buckets)] += 1
             pairs[key_of([*context, tokens[j]], primes, buckets)] += 1
             followers[tuple(context)][tokens[j]] += 1
-            latest[tuple(context)] = tokens[j]
+            latest[tuple(context)] = j
         if i < n:
-            rows.append((0, 0, 0, -1, 0))
+            rows.append((0, 0, 0, -1, 0, 0))
             continue
         context = tokens[i - n:i]
-        hint = latest.get(tuple(context), -1)
+        place = latest.get(tuple(context))
+        hint, distance = (-1, 0) if place is None else (tokens[place], i - place)
         rows.append((contexts[key_of(context, primes, buckets)],
                      pairs[key_of([*context, tokens[i]], primes, buckets)],
-                     len(followers[tuple(context)]), hint, followers[tuple(context)][hint]))
+                     len(followers[tuple(context)]), hint, followers[tuple(context)][hint],
+                     distance))
     return rows
 
 

@@ -88,7 +88,8 @@ def test_a_direct_scan_agrees_with_the_counts_at_the_target(data, recipe):
             begin = start if rule.cold else 0
             counted = dict(rule.counted(tokens, (start, end), cfg))
             for target in {start, min(start + 1, 599), *range(max(start, 361), 600, 17), 599}:
-                scanned = dict(rule.counted_for_all(tokens, target, begin, cfg))
+                scanned = dict(golf.scan_ngrams(tokens, target, rule, cfg.ngram_max_order, cfg,
+                                                begin))
                 for order in counted:
                     for a, b in zip(counted[order][:2], scanned[order][:2]):
                         assert int(a[target - start]) == int(b[tokens[target + 1]])
@@ -97,15 +98,17 @@ def test_a_direct_scan_agrees_with_the_counts_at_the_target(data, recipe):
 def test_masses_of_each_kind_of_rule(data, tiny_model):
     """Exact counts with a match on the context alone sum to 1; no other rule does."""
     _, run, corpus = data
-    cfg, model = tiny_model(ngram_match="pair", ngram_buckets=256, ngram_max_order=5)
+    cfg, model = tiny_model(ngram_match="pair", ngram_buckets=256, ngram_max_order=5,
+                            scoring="backoff")
     evaluation = golf.Evaluation(model, corpus, cfg, run)
     evaluation.neural_pass()
     for scoring in evaluation.order:
         evaluation.score(scoring, 0.0)
     evaluation.masses()
     rows = evaluation.rows
-    assert set(rows) == {"neural", "backoff_exact", "backoff_exact_pair", "backoff_hashed"}
-    for scoring in ("neural", "backoff_exact"):
+    assert set(rows) == {"neural", "backoff_exact", "backoff_exact_pair", "backoff_hashed",
+                         "calibrated"}
+    for scoring in ("neural", "backoff_exact", "calibrated"):
         assert abs(rows[scoring]["mass"] - 1) < 1e-6 and abs(rows[scoring]["max_mass"] - 1) < 1e-6
         assert rows[scoring]["normalized"] == "yes"
     for scoring in ("backoff_exact_pair", "backoff_hashed"):

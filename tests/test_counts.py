@@ -12,7 +12,7 @@ STREAMS = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 
 
 def columns(tokens, max_order, **options):
-    """{order: [(context, pair, distinct, hint, hint_count)]} of count_ngrams."""
+    """{order: [(context, pair, distinct, hint, hint_count, distance)]} of count_ngrams."""
     out = {}
     for order, counts in golf.count_ngrams(torch.tensor(tokens), max_order, **options):
         present = [c.tolist() for c in counts if c is not None]
@@ -48,7 +48,7 @@ def test_a_start_only_drops_the_rows_before_it(tokens, start, buckets):
 def test_token_numbers_up_to_16_bits(tokens, buckets):
     for order, rows in columns(tokens, 4, buckets=buckets).items():
         want = reference.count(tokens, order, buckets, primes=golf.Config.ngram_primes)
-        width = 2 if buckets else 5
+        width = 2 if buckets else 6
         assert [r[:width] for r in rows] == [r[:width] for r in want]
 
 
@@ -92,3 +92,27 @@ def test_prefill_is_one_pass(data, ranks, options):
         for order, part in golf.count_ngrams(tokens[:end], 6, start=start, **options):
             for a, b in zip(part, whole[order]):
                 assert (a is None and b is None) or torch.equal(a, b[start:end])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60))
+def test_counts_inside_documents(tokens):
+    """A document's targets end with the BOS of the next: its counts are those of its own stream,
+    of which that BOS is the last token."""
+    whole = columns(tokens, 4, documents=True)
+    begin = 0
+    for i in [*(i for i, t in enumerate(tokens) if t == golf.BOS), len(tokens) - 1]:
+        for order in whole:
+            assert whole[order][begin:i + 1] == reference.count(tokens[begin:i + 1], order)
+        begin = i + 1
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40), st.integers(0, 39), st.integers(0, 9))
+def test_a_scan_of_the_history_gives_every_column(tokens, target, begin):
+    """The scan that masses and the audit trust, against tables of counters."""
+    target = min(target, len(tokens) - 2)
+    begin = min(begin, target)
+    cfg, _ = golf.load_config(dict(VOCAB_SIZE="260"))
+    for order, counts in golf.scan_ngrams(torch.tensor(tokens), target, golf.Rule(), 6, cfg, begin):
+        for word in range(5):
+            want = reference.count([*tokens[begin:target + 1], word], order)[-1]
+            assert tuple(int(c[word]) for c in counts) == want

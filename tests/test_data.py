@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as golf
+from tools import prepare_text as prepare
 
 # Any string that a text can hold: no surrogates, and not SentencePiece's own space.
 TEXT = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=60)
@@ -77,9 +78,9 @@ def test_an_unknown_token_breaks_the_balance(tokenizer, data):
 
 def test_every_document_is_checked_when_it_is_encoded(tokenizer, data):
     table = data[2].table
-    assert len(golf.encode_documents(tokenizer, [("x", "one two")], table)) > 1
+    assert len(prepare.encode_documents(tokenizer, [("x", "one two")], table)) > 1
     with pytest.raises(golf.RunError, match="^x: .* bytes"):
-        golf.encode_documents(tokenizer, [("x", "one \u2581two")], table)
+        prepare.encode_documents(tokenizer, [("x", "one \u2581two")], table)
 
 
 def test_prepared_text_is_reused_and_made_again_when_it_changes(data, workplace, tmp_path):
@@ -88,25 +89,32 @@ def test_prepared_text_is_reused_and_made_again_when_it_changes(data, workplace,
     for path in sample:
         (tmp_path / golf.Path(path).name).write_bytes(golf.Path(path).read_bytes())
     cfg = golf.replace(cfg, text_files=f"{tmp_path}/*.txt", prepared_path=str(tmp_path / "made"))
-    first = golf.prepare_text(cfg, run)
+    first = prepare.prepare_text(cfg, run)
     before = {p.name: p.stat().st_mtime_ns for p in first.iterdir()}
-    assert golf.prepare_text(cfg, run) == first
+    assert prepare.prepare_text(cfg, run) == first
     assert {p.name: p.stat().st_mtime_ns for p in first.iterdir()} == before
     assert set(before) == {"tokenizer.model", "corpus.json", "text_train_000000.bin",
                            "text_val_000000.bin"}
     with open(tmp_path / golf.Path(sample[0]).name, "a") as file:
         file.write("# one more line\n")
-    assert golf.prepare_text(cfg, run) != first
-    assert golf.prepare_text(golf.replace(cfg, vocab_size=400), run) not in (None, first)
+    assert prepare.prepare_text(cfg, run) != first
+    assert prepare.prepare_text(golf.replace(cfg, vocab_size=400), run) not in (None, first)
 
 
 def test_documents_stay_whole_and_the_split_does_not_depend_on_order():
-    documents = [(f"d{i}", "x" * (50 + i)) for i in range(60)]
-    train, val = golf.split_documents(documents)
+    documents = [(f"d{i}", f"{i} " + "x\n" * (50 + i)) for i in range(60)]
+    train, val = prepare.split_documents(documents)
     assert sorted(train + val) == sorted(documents) and not set(train) & set(val)
     share = sum(len(t) for _, t in val) / sum(len(t) for _, t in documents)
     assert 0.1 <= share < 0.15
-    assert golf.split_documents(documents[::-1]) == (train, val)
+    assert prepare.split_documents(documents[::-1]) == (train, val)
+
+
+def test_the_split_does_not_depend_on_where_the_files_lie():
+    texts = [f"{i} " + "x\n" * (50 + i) for i in range(60)]
+    splits = [prepare.split_documents([(f"{folder}/{i}", t) for i, t in enumerate(texts)])
+              for folder in ("/a", "/b/c")]
+    assert len({tuple(t for _, t in val) for _, val in splits}) == 1
 
 
 def test_control_and_unknown_pieces_are_worth_no_bytes(tokenizer, data):
@@ -130,7 +138,7 @@ def test_a_stream_reads_cyclically_across_shards(sizes, start, count):
         paths, total = [], 0
         for k, size in enumerate(sizes):
             paths.append(f"{folder}/x_train_{k:06d}.bin")
-            golf.write_shard(golf.Path(paths[-1]), np.arange(total, total + size) % 500)
+            prepare.write_shard(golf.Path(paths[-1]), np.arange(total, total + size) % 500)
             total += size
         stream = golf.TokenStream(paths, 500)
         want = [(start + i) % total % 500 for i in range(count)]
@@ -209,17 +217,18 @@ def test_random_bytes_are_no_shard_and_no_tokenizer(blob):
 
 def test_few_documents_are_cut_at_line_ends():
     text = "".join(f"line {i}\n" for i in range(1000))
-    parts = golf.cut_documents([("a", text)])
-    assert "".join(t for _, t in parts) == text and len(parts) >= 15
-    assert all(t.endswith("\n") for _, t in parts)
+    train, val = prepare.split_documents([("a", text)])
+    parts = sorted((t for _, t in train + val), key=text.index)
+    assert "".join(parts) == text and len(parts) >= 15 and len(val) >= 2
+    assert all(t.endswith("\n") for t in parts)
 
 
 def test_text_with_the_space_sign_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one \u2581 two", "utf-8")
     with pytest.raises(golf.RunError, match="U\\+2581"):
-        golf.user_documents(f"{tmp_path}/*.txt")
+        prepare.user_documents(f"{tmp_path}/*.txt")
 
 
 def test_python_brings_enough_text():
-    documents = golf.python_documents()
+    documents = prepare.python_documents()
     assert sum(len(t) for _, t in documents) > 3_000_000 and len(documents) > 200

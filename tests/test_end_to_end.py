@@ -29,7 +29,7 @@ def results(done):
 
 
 def test_a_run_ends_with_its_final_line_and_files(trained):
-    pattern = (r"final val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} scoring:backoff_exact normalized:yes "
+    pattern = (r"final val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} scoring:calibrated normalized:yes "
                r"total_bytes:\d+ seed:1337")
     assert re.fullmatch(pattern, trained.final)
     names = {p.name.split(".", 1)[1] for p in trained.logs.iterdir()}
@@ -44,9 +44,11 @@ def test_a_run_ends_with_its_final_line_and_files(trained):
     assert submission["bytes_total"] == sizes["int6.ptz"] + submission["bytes_code"]
     assert (trained.logs / "golf-demo-1337.png").read_bytes().startswith(b"\x89PNG")
     rows = results(trained)
-    assert rows["int6_sliding", "backoff_exact"]["tokens"] == 4096
-    assert rows["int6_sliding", "neural"]["val_bpb"] > rows[
-        "int6_sliding", "backoff_exact"]["val_bpb"]
+    bpb = {scoring: row["val_bpb"] for (stage, scoring), row in rows.items() if "sliding" in stage}
+    assert rows["int6_sliding", "calibrated"]["tokens"] == 4096
+    assert bpb["neural"] > bpb["backoff_exact"] > bpb["calibrated"]
+    assert [(a["name"], a["verdict"]) for a in record["audit"]] == [
+        (name, "PASS") for name in ("causal", "normalized", "single_pass", "bytes", "decodable")]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_warm_up_leaves_no_trace(job, trained):
@@ -85,7 +87,6 @@ def test_a_cold_start_depends_on_the_number_of_ranks(job, trained):
     assert results(one)[key]["val_bpb"] != results(two)[key]["val_bpb"]
     key = ("int6_sliding", "backoff_exact")
     assert results(one)[key]["val_bpb"] == results(two)[key]["val_bpb"]
-    assert "each of the 2 ranks begins with a cold cache" in two.stdout
 
 
 def test_two_ranks_train_the_same_network(job, trained):
@@ -106,8 +107,8 @@ def test_a_stride_and_scoring_of_choice_on_an_artifact(job, trained):
     done = job(LOAD_ARTIFACT=artifact, EVAL_STRIDE="64", SCORING="neural", VAL_TOKENS="1024")
     assert done.returncode == 0 and "scoring:neural" in done.final
     rows = results(done)
-    assert rows["int6_sliding", "neural"]["val_loss"] == rows[
-        "int6_roundtrip", "neural"]["val_loss"]
+    assert rows["int6_sliding", "neural"]["val_loss"] == pytest.approx(
+        rows["int6_roundtrip", "neural"]["val_loss"], rel=1e-7)
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
@@ -117,13 +118,12 @@ def test_every_recipe_runs_with_its_published_variables(job, recipe, data, run):
     done = job(RECIPE=recipe, drop=own, VAL_TOKENS="8192", **variables)
     assert done.returncode == 0, done.stderr
     assert "scoring:backoff_hashed normalized:no" in done.final
-    assert "warning: backoff_hashed is no probability distribution" in done.stdout
     for name in variables:
         if name in ("TTT_ENABLED", "KG_LOSS_WEIGHT", "COMPLEMENT_ALPHA"):
             assert f"variable {name} has no effect" in done.stdout
     averaged = done.record["trained"][0]
     assert averaged["averaged"] == ("swa" if recipe == "pr806" else "ema")
-    assert averaged["samples"] > 0
+    assert averaged["averaged_samples"] > 0
     rows = results(done)
     bits = "int5" if recipe == "pr890" else "int6"
     assert rows[f"{bits}_sliding", "backoff_exact"]["normalized"] == "yes"
@@ -140,12 +140,14 @@ def mixes_as_it_should(done, corpus, run):
     model = golf.GPT(golf.replace(cfg, mtp_num_heads=0), golf.sdpa_attention)
     model.load_state_dict({n: t.tensor() for n, t in tensors.items()})
     columns = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride).columns()
+    columns = golf.NeuralColumns(*columns.unbind(1))
     hashed = dict(buckets=cfg.ngram_buckets, match=cfg.ngram_match)
     first, stride = cfg.eval_seq_len, cfg.eval_stride
     hashed |= dict(window=dict(first=first, granularity=stride), batch=dict(
         first=first + 127 * stride, granularity=128 * stride))[cfg.ngram_granularity]
     rules = dict(backoff_hashed=hashed, backoff_exact={}, backoff_exact_pair=dict(match="pair"))
     rows = {r["scoring"]: r for r in done.record["result"] if "sliding" in r["stage"]}
+    assert rows.pop("calibrated")["normalized"] == "yes"
     assert abs(rows.pop("neural")["val_loss"] + float(columns.logp.mean())) < 1e-9
     for scoring, row in rows.items():
         losses = reference.backoff_loss(corpus.val.tolist(), columns.logp.tolist(),

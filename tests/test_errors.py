@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import train_gpt as golf
+from tools.prepare_text import write_shard
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,7 @@ def shards(data, tmp_path_factory):
     def make(**tokens):
         folder = tmp_path_factory.mktemp("shards")
         for split, values in tokens.items():
-            golf.write_shard(folder / f"x_{split}_000000.bin", np.asarray(values))
+            write_shard(folder / f"x_{split}_000000.bin", np.asarray(values))
         return dict(TEXT_FILES="", DATA_PATH=str(folder), TOKENIZER_PATH=corpus.corpus["tokenizer"])
     return make
 
@@ -94,7 +95,7 @@ def test_a_batch_that_ranks_cannot_share():
     for world in (1, 2, 4):
         assert golf.micro_batch_tokens(cfg, world) == 1024 // world
     for world in (3, 5, 8):
-        with pytest.raises(golf.RunError, match=f"=1024: .*4 sequences.* {world} ranks"):
+        with pytest.raises(golf.RunError, match=f"=1024: .* {world} ranks"):
             golf.micro_batch_tokens(cfg, world)
 
 
@@ -146,7 +147,7 @@ def test_on_several_ranks_only_the_first_speaks(job):
 def test_an_error_on_another_rank_is_told_by_the_first(job, shards):
     """Only rank 1 reads the shard with the foreign token, in its first batch."""
     variables = shards(train=[5] * 6400, val=[5] * 999)
-    golf.write_shard(golf.Path(variables["DATA_PATH"]) / "x_train_000001.bin",
+    write_shard(golf.Path(variables["DATA_PATH"]) / "x_train_000001.bin",
                      np.array([5] * 3000 + [600]))
     check(job(2, TRAIN_BATCH_TOKENS="128", **variables), "x_train_000001.bin", "token 600")
 

@@ -86,7 +86,7 @@ def test_micro_batches_divide_a_ranks_share():
     cfg = golf.Config()
     assert golf.micro_batch_tokens(cfg, 8) == golf.micro_batch_tokens(cfg, 1) == 98304
     assert golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 16), 8) == 2048 * 16
-    with pytest.raises(golf.RunError, match="384 sequences of 2048 do not divide among 5 ranks"):
+    with pytest.raises(golf.RunError, match="sequences of 2048 do not divide among 5 ranks"):
         golf.micro_batch_tokens(cfg, 5)
-    with pytest.raises(golf.RunError, match="MICRO_BATCH_TOKENS"):
-        golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 7), 8)
+    # 48 sequences in equal parts of at most 7
+    assert golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 7), 8) == 2048 * 6

@@ -48,19 +48,19 @@ def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
     cfg, run, corpus = data
     _, model = tiny_model()
     neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
-    hints = torch.randint(0, cfg.vocab_size, (len(corpus.val) - 1,))
+    hints = torch.randint(0, cfg.vocab_size, (len(corpus.val) - 1, 2))
     got = neural.columns(hints)
     with torch.no_grad():
         for start, first, end in list(golf.windows(len(corpus.val) - 1, 64, 16))[:40:7]:
             logp = model.logits(corpus.val[None, start:end]).double().log_softmax(-1)[0]
             logp = logp[first - start:]
             targets = corpus.val[first + 1:end + 1, None]
-            span, hint = slice(first, end), hints[first:end, None]
-            assert torch.allclose(got.logp[span], logp.gather(1, targets)[:, 0], atol=1e-5)
-            assert torch.allclose(got.entropy[span], -(logp.exp() * logp).sum(1), atol=1e-5)
-            assert torch.allclose(got.hint_logp[span], logp.gather(1, hint)[:, 0], atol=1e-5)
-            others = logp.scatter(1, hint, -torch.inf).logsumexp(1)
-            assert torch.allclose(got.hint_log1m[span], others, atol=1e-5)
+            span = slice(first, end)
+            want = [logp.gather(1, targets)[:, 0], -(logp.exp() * logp).sum(1)]
+            for hint in hints[span].unbind(1):
+                want.append(logp.gather(1, hint[:, None])[:, 0])
+                want.append(logp.scatter(1, hint[:, None], -torch.inf).logsumexp(1))
+            assert torch.allclose(got[span], torch.stack(want, 1), atol=1e-5)
 
 
 def test_log1m_of_a_hint_that_is_nearly_certain():
@@ -68,7 +68,7 @@ def test_log1m_of_a_hint_that_is_nearly_certain():
     logits = torch.full((1, 1, 4), -29.93)
     logits[..., 2] = 0.0
     hint = torch.tensor([[2]])
-    _, _, logp, log1m = golf.score_logits(logits, hint, hint).unbind(-1)
+    _, _, logp, log1m = golf.score_logits(logits, hint, hint[..., None]).unbind(-1)
     exact = torch.tensor(3.0).double().log() - 29.93
     assert abs(float(log1m) - float(exact)) < 1e-5 and abs(float(logp)) < 1e-12
 
@@ -77,7 +77,7 @@ def test_the_distribution_at_a_target_is_the_one_that_was_scored(data, tiny_mode
     cfg, run, corpus = data
     _, model = tiny_model()
     neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
-    columns = neural.columns()
+    columns = golf.NeuralColumns(*neural.columns().unbind(1))
     for target in (0, 1, 63, 64, 79, 80, 1000, len(corpus.val) - 2):
         logp = neural.distribution(target)
         assert abs(float(logp.exp().sum()) - 1) < 1e-12
@@ -90,17 +90,17 @@ def test_batches_and_ranks_do_not_change_a_score(data, tiny_model, run):
     cfg, _, corpus = data
     _, model = tiny_model()
     corpus = golf.Data(corpus.tokenizer, corpus.table, None, corpus.val[:643], corpus.corpus)
-    want = golf.NeuralPass(model, corpus, cfg, run, 16).columns().logp
+    want = golf.NeuralPass(model, corpus, cfg, run, 16).columns()
     for size in (1, 3, 64):
         config = golf.replace(cfg, eval_batch_windows=size)
-        got = golf.NeuralPass(model, corpus, config, run, 16).columns().logp
+        got = golf.NeuralPass(model, corpus, config, run, 16).columns()
         assert torch.allclose(got, want, atol=1e-5, rtol=0)
     neural, parts = golf.NeuralPass(model, corpus, cfg, run, 16), []
     neural.grid = golf.Grid(642, cfg, 16, 5)
     neural.grid.batches, spans = [], list(zip(neural.grid.batches, neural.grid.spans))
     for batches, (start, end) in spans:
         neural.grid.batches, neural.start, neural.end = [batches], start, end
-        parts.append(neural.columns().logp)
+        parts.append(neural.columns())
     assert torch.equal(torch.cat(parts), want)
 
 

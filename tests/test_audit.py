@@ -1,0 +1,178 @@
+"""The audit passes what is true and catches planted faults, each by the check made for it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_gpt as golf
+
+
+@pytest.fixture(scope="module")
+def artifact(trained):
+    """(path, header's vocabulary) of the tiny run's artifact."""
+    return trained.logs / "golf-demo-1337.int6.ptz"
+
+
+def evaluated(data, artifact, targets=1024, **values):
+    """An evaluation of the tiny artifact over a short stream, scored by its headline."""
+    cfg, run, corpus = data
+    corpus = corpus._replace(val=corpus.val[:targets + 1])
+    cfg, tensors = golf.unpack(artifact.read_bytes(), golf.replace(cfg, **values),
+                               corpus.corpus["vocabulary_sha256"])
+    model = golf.build_model(cfg, run, {n: t.tensor() for n, t in tensors.items()})
+    evaluation = golf.Evaluation(model, corpus, cfg, run)
+    evaluation.neural_pass()
+    evaluation.score(evaluation.headline, 0.0)
+    evaluation.masses()
+    return evaluation
+
+
+SMALL = dict(mixer_chunk_tokens=64)
+
+
+def failed(evaluation, monkeypatch):
+    """Names of the checks that fail, coding few targets."""
+    monkeypatch.setattr(golf, "AUDIT_TARGETS", 96)
+    evaluation.run.record["audit"].clear()
+    return set(golf.audit(evaluation))
+
+
+@pytest.mark.parametrize("scoring", ["calibrated", "backoff", "neural"])
+def test_a_true_score_passes(data, artifact, monkeypatch, scoring):
+    evaluation = evaluated(data, artifact, scoring=scoring, **SMALL)
+    assert failed(evaluation, monkeypatch) == set()
+    rows = {r["name"]: r for r in evaluation.run.record["audit"]}
+    assert set(rows) == {"causal", "normalized", "single_pass", "bytes", "decodable"}
+    assert rows["decodable"]["targets"] >= 96 and rows["causal"]["replaced"] > 0
+    assert (rows["single_pass"]["rebuilt_tables"] > 0) == (scoring == "calibrated")
+
+
+def test_a_hashed_headline_fails_by_its_mass_alone(data, artifact, monkeypatch):
+    """Its fault is the distribution, not the order of reading."""
+    evaluation = evaluated(data, artifact, scoring="backoff", ngram_table="hashed",
+                           ngram_buckets=64, ngram_min_count=1, **SMALL)
+    assert failed(evaluation, monkeypatch) == {"normalized", "decodable"}
+    row = {r["name"]: r for r in evaluation.run.record["audit"]}
+    assert row["normalized"]["mass"] > 1.5
+    assert row["decodable"]["coded_bits"] > 1.2 * row["decodable"]["claimed_bits"]
+    assert row["decodable"]["same_tokens"]
+
+
+def test_a_network_that_peeks_is_not_causal(data, artifact, monkeypatch):
+    trunk = golf.GPT.trunk
+
+    def peeking(self, w, tokens, last):
+        return trunk(self, w, torch.cat([tokens[:, 1:], tokens[:, -1:]], 1), last)
+
+    monkeypatch.setattr(golf.GPT, "trunk", peeking)
+    assert {"causal", "decodable"} <= failed(evaluated(data, artifact, **SMALL), monkeypatch)
+
+
+def test_a_gate_that_looks_at_the_target_is_no_distribution(data, artifact, monkeypatch):
+    predict = golf.CalibratedMixer.predict
+
+    def gated(self, x):  # trusts a level more where it is right
+        return predict(self, x._replace(level_key=x.level_key * (x.ratio > 0)))
+
+    monkeypatch.setattr(golf.CalibratedMixer, "predict", gated)
+    assert "normalized" in failed(evaluated(data, artifact, **SMALL), monkeypatch)
+
+
+def test_a_grid_that_scores_twice_is_no_single_pass(data, artifact, monkeypatch):
+    tile = golf.windows
+
+    def twice(num_targets, seq_len, stride):
+        *most, last = tile(num_targets, seq_len, stride)
+        yield from most
+        yield last
+        yield last
+
+    monkeypatch.setattr(golf, "windows", twice)
+    assert "single_pass" in failed(evaluated(data, artifact, **SMALL), monkeypatch)
+
+
+def test_tables_updated_before_the_score_are_found(data, artifact, monkeypatch):
+    """A mixer that has learned from its own chunk before it scores it."""
+    predict, update = golf.CalibratedMixer.predict, golf.CalibratedMixer.update
+
+    def eager(self, x):
+        if x.logp.numel() > 1 and x.is_hint.sum() != 1:
+            update(self, predict(self, x))
+        return predict(self, x)
+
+    monkeypatch.setattr(golf.CalibratedMixer, "predict", eager)
+    assert failed(evaluated(data, artifact, **SMALL), monkeypatch) & {"causal", "decodable"}
+
+
+def test_a_byte_table_off_by_one_is_found(data, artifact, monkeypatch):
+    cfg, run, corpus = data
+    evaluation = evaluated(data, artifact, **SMALL)
+    table = golf.ByteTable(corpus.tokenizer)
+    table.base[int(torch.bincount(corpus.val[1:1025]).argmax())] += 1
+    evaluation.data = evaluation.data._replace(table=table)
+    assert failed(evaluation, monkeypatch) == {"bytes"}
+
+
+def test_an_unknown_token_among_the_targets_is_found(data, artifact, monkeypatch):
+    evaluation = evaluated(data, artifact, **SMALL)
+    val = evaluation.data.val.clone()
+    val[1000] = corpus_unknown = evaluation.data.tokenizer.unk_id()
+    evaluation.data = evaluation.data._replace(val=val)
+    row = golf.audit_bytes(evaluation)
+    assert not row["passed"] and row["unknown_targets"] == 1 and corpus_unknown > 0
+
+
+def test_a_message_decodes_in_another_process_from_artifact_and_message(
+        data, artifact, workplace, tmp_path, monkeypatch):
+    """No validation tokens are in reach there: the folder holds the two files and nothing else."""
+    evaluation = evaluated(data, artifact, **SMALL)
+    monkeypatch.setattr(golf, "AUDIT_TARGETS", 128)
+    span = golf.audit_span(evaluation.cfg, len(evaluation.data.val) - 1)
+    assert span[0] >= 3 * 64
+    message, bits, _ = golf.encode_message(evaluation.neural.model, evaluation.data.val, span,
+                                           evaluation.cfg, evaluation.run)
+    (tmp_path / "message").write_bytes(message)
+    (tmp_path / "artifact").write_bytes(artifact.read_bytes())
+    vocabulary = data[2].corpus["vocabulary_sha256"]
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(golf.Path(golf.__file__).parent)!r})
+import train_gpt as golf
+cfg, _ = golf.load_config(os.environ)
+run = golf.Run(cfg)
+cfg, tensors = golf.unpack(open("artifact", "rb").read(), cfg, {vocabulary!r})
+model = golf.build_model(cfg, run, {{n: t.tensor() for n, t in tensors.items()}})
+tokens = golf.decode_message(model, open("message", "rb").read(), cfg, run)
+print(",".join(map(str, tokens.tolist())))
+"""
+    env = {k: v for k, v in workplace[1].items() if k not in ("TEXT_FILES", "PREPARED_PATH")}
+    env |= dict(PATH="/usr/bin:/bin", OMP_NUM_THREADS="1", MIXER_CHUNK_TOKENS="64")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    decoded = [int(t) for t in done.stdout.splitlines()[-1].split(",")]
+    assert decoded == evaluation.data.val[:span[1] + 1].tolist()
+    claimed = -float(evaluation.logp["calibrated"][span[0]:span[1]].sum()) / golf.math.log(2)
+    assert abs(bits - claimed) <= 0.001 * claimed + 64
+
+
+def test_strict_audits_decide_the_exit_status(job, artifact):
+    more = dict(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="1024", MIXER_CHUNK_TOKENS="64")
+    good = job(AUDIT="strict", **more)
+    assert good.returncode == 0, good.stderr
+    bad = job(AUDIT="strict", SCORING="backoff", NGRAM_TABLE="hashed", NGRAM_BUCKETS="64", **more)
+    assert bad.returncode == 3 and bad.final.startswith("final ")
+    assert "audit normalized FAIL" in bad.stdout and "audit causal PASS" in bad.stdout
+    off = job(AUDIT="0", **more)
+    assert off.returncode == 0 and "\naudit " not in off.stdout
+
+
+def test_several_ranks_audit_what_one_does(job, artifact):
+    more = dict(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="2048", MIXER_CHUNK_TOKENS="64")
+    one, two = (job(n, AUDIT="strict", **more) for n in (1, 2))
+    assert one.returncode == two.returncode == 0, two.stderr
+    for a, b in zip(one.record["audit"], two.record["audit"]):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"}

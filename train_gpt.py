@@ -1200,13 +1200,13 @@ def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
     rounded p(y) near 1 leaves nothing to normalize with."""
     z = logits - logits.amax(-1, keepdim=True)
     e, pairs = z.exp(), []
-    for y in hints.unbind(-1):
+    for y in hints.flip(-1).unbind(-1):  # the first hint comes last: its total serves the target
         others = e.scatter(-1, y[..., None], 0.0).sum(-1).double().clamp(min=1e-300)
-        total = others + e.gather(-1, y[..., None]).squeeze(-1).double()
-        pairs += [z.gather(-1, y[..., None]).squeeze(-1).double() - total.log(),
-                  others.log() - total.log()]
-    logp = z.gather(-1, targets[..., None]).squeeze(-1).double() - total.log()
-    return torch.stack([logp, total.log() - (e * z).sum(-1).double() / total, *pairs], -1)
+        log_total = (others + e.gather(-1, y[..., None]).squeeze(-1).double()).log()
+        hint_logp = z.gather(-1, y[..., None]).squeeze(-1).double() - log_total
+        pairs = [hint_logp, others.log() - log_total, *pairs]
+    logp = z.gather(-1, targets[..., None]).squeeze(-1).double() - log_total
+    return torch.stack([logp, log_total - (e * z).sum(-1).double() / log_total.exp(), *pairs], -1)
 
 class NeuralPass:
     """The network over a rank's windows; the stream stays on the device as integers."""

@@ -176,3 +176,14 @@ def test_several_ranks_audit_what_one_does(job, artifact):
     for a, b in zip(one.record["audit"], two.record["audit"]):
         assert {k: v for k, v in a.items() if k != "seconds"} == {
             k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_a_run_that_saves_its_pass_scores_the_same_bits(job, artifact, tmp_path):
+    """More hints in the neural pass must not change the score, nor what the audit says of it."""
+    saved = tmp_path / "pass.npz"
+    more = dict(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="1024", MIXER_CHUNK_TOKENS="64")
+    plain, with_pass = job(**more), job(SAVE_NEURAL_PASS=str(saved), AUDIT="strict", **more)
+    assert with_pass.returncode == 0 and with_pass.final == plain.final
+    with golf.np.load(saved) as arrays:
+        assert arrays["columns"].shape == (1024, 2 + 2 * 12)
+        assert arrays["tokens"].shape == (1025,) and arrays["byte_counts"].sum() > 1000

@@ -955,7 +955,7 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
 # ---- Quantization and artifact -------------------------------------------------------------------
 # Matrices and embeddings are stored as a float16 step per row and integer codes -q...q, q =
 # 2^(bits-1) - 1, the rest as float16. A row's clip is the one of CLIP_QUANTILES of |w| with the
-# least squared error. "ans" codes groups of rows of like spread, each with its own histogram
+# least squared error. "ans" codes each number by a Gaussian as wide as its row and its column are
 # (asymmetric numeral systems, Duda 2009); "zstd" and "lzma" compress one byte a code. File: magic,
 # version, header size, SHA-256 of the rest, JSON header, a compressed section (steps, float16
 # values, then codes or ANS side information), ANS words.
@@ -964,8 +964,7 @@ CLIP_QUANTILES = 0.999, 0.9995, 0.9999, 1.0  # after #889's per-row search
 CLIP_FLOORS, CLIP_TRIALS = (1e-3, 1e3), 14  # range of the least clip; a factor 1.0008 in the end
 MAGIC, VERSION = b"GOLFINT6", 1
 PREFIX = struct.Struct("<8sHI32s")
-ANS_CLUSTERS = 32  # groups of rows
-SYMBOLS = 255  # codes of 8 bits, -127...127; narrower codes use the middle
+PER_OCTAVE = 4  # steps of the spreads of rows and columns
 HALF_MIN, HALF_MAX = 6.104e-05, 65504.0  # float16's normal range
 
 def code_limit(name: str, cfg: Config) -> int:
@@ -1033,37 +1032,45 @@ def decompress(data: bytes, method: str, size: int) -> bytes:
     if len(plain) != size: raise RunError(f"artifact: its {method} section is damaged")
     return plain
 
-def ans_models(histograms: np.ndarray) -> list:
-    """constriction's entropy models of histograms uint16 (clusters, SYMBOLS)."""
-    weights = histograms + 2.0**-10  # a cluster without rows is still a distribution
-    shares = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return [constriction.stream.model.Categorical(row, perfect=False) for row in shares]
+def spreads(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 (M,rows,1) and (M,1,cols) for codes (M,rows,cols): the logarithms, in 1/PER_OCTAVE
+    octaves, of factors of which a code's root mean square is about the product."""
+    square, row = codes.astype(np.float32) ** 2, np.float32(1)
+    for _ in range(3):  # alternating means settle at once
+        col = (square / row).mean(1, keepdims=True) + 1e-3
+        row = (square / col).mean(2, keepdims=True) + 1e-3
+    return tuple((PER_OCTAVE / 2 * np.log2(x)).round().clip(-63, 63).astype(np.int8)
+                 for x in (row, col))
+
+def cell_models(sides) -> tuple[np.ndarray, list]:
+    """(number of each code's model; the numbers in use, each with its model)."""
+    cells = np.concatenate([(row.astype(np.int16) + col).ravel() for row, col in sides])
+    spread = {n: max(0.1, min(1e4, 2.0 ** (n / PER_OCTAVE))) for n in np.unique(cells).tolist()}
+    gaussian = constriction.stream.model.QuantizedGaussian
+    return cells, [(n, gaussian(-127, 127, 0.0, spread[n])) for n in spread]
 
 def ans_encode(codes: list[np.ndarray]) -> tuple[bytes, bytes]:
-    """(side information: cluster of each row, histograms; words: the compressed codes)."""
-    rows = [row for tensor in codes for row in tensor.astype(np.int32) + SYMBOLS // 2]
-    rank = np.argsort(np.argsort([row.std() for row in rows], kind="stable"), kind="stable")
-    clusters, counts = (rank * ANS_CLUSTERS // len(rows)).astype(np.uint8), np.zeros(
-        (ANS_CLUSTERS, SYMBOLS), np.int64)  # equal groups of like spread
-    for row, c in zip(rows, clusters): counts[c] += np.bincount(row, minlength=SYMBOLS)
-    histograms = np.ceil(counts * (65535 / counts.max(1, keepdims=True).clip(1))).astype("<u2")
-    models, coder = ans_models(histograms), constriction.stream.stack.AnsCoder()
-    for row, c in zip(rows[::-1], clusters[::-1]):  # a stack: last in, first out
-        coder.encode_reverse(row, models[c])
-    return clusters.tobytes() + histograms.tobytes(), coder.get_compressed().astype("<u4").tobytes()
+    """(side information: spreads of rows and columns; words: the codes) of int8 (M,rows,cols)."""
+    cells, models = cell_models(sides := [spreads(c) for c in codes])
+    symbols, coder = np.concatenate([*map(np.ravel, codes)]), constriction.stream.stack.AnsCoder()
+    for n, model in models[::-1]:  # a stack: last in, first out
+        coder.encode_reverse(symbols[cells == n].astype(np.int32), model)
+    return b"".join(x.tobytes() for side in sides for x in side), (
+        coder.get_compressed().astype("<u4").tobytes())
 
-def ans_decode(side: bytes, words: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Inverse of ans_encode for int8 code arrays of the given (rows, cols); RunError on damage."""
-    clusters = np.frombuffer(side[:sum(rows for rows, _ in shapes)], np.uint8)
-    histograms = np.frombuffer(side[len(clusters):], "<u2").reshape(-1, SYMBOLS)
-    if len(histograms) != ANS_CLUSTERS or clusters.max() >= ANS_CLUSTERS or len(words) % 4 or (
-            words and not any(words[-4:])):  # no encoder ends with a zero word
-        raise RunError("artifact: the sizes of its code sections do not fit the network")
-    models, order = ans_models(histograms), iter(clusters)
+def ans_decode(side: bytes, words: bytes, shapes: list[tuple]) -> list[np.ndarray]:
+    """Inverse of ans_encode: flat int8 arrays of shapes (M,rows,cols); RunError on damage."""
+    ends = np.cumsum([(m * rows, m * cols) for m, rows, cols in shapes])
+    if len(words) % 4 or (words and not any(words[-4:])):  # no encoder ends with a zero word
+        raise RunError("artifact: its code words are damaged")
+    parts = iter(np.split(np.frombuffer(side, np.int8), ends[:-1]))
+    cells, models = cell_models([(next(parts).reshape(m, rows, 1), next(parts).reshape(m, 1, cols))
+                                 for m, rows, cols in shapes])
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
-    tensors = ([coder.decode(models[next(order)], cols) for _ in range(rows)]
-               for rows, cols in shapes)
-    return [(np.stack(tensor) - SYMBOLS // 2).astype(np.int8) for tensor in tensors]
+    codes = np.empty(len(cells), np.int8)
+    for n, model in models:
+        codes[here] = coder.decode(model, int((here := cells == n).sum()))
+    return np.split(codes, np.cumsum([math.prod(s) for s in shapes])[:-1])
 
 def tensor_table(cfg: Config) -> list[list]:
     """[name, shape, limit] of every exported tensor of the architecture, by name; no memory."""
@@ -1079,7 +1086,7 @@ def pack(tensors: dict[str, Stored], cfg: Config, vocabulary: str) -> bytes:
     coded = [t for t in tensors.values() if t.limit]
     plain, words = b"".join(t.steps.astype("<f2").tobytes() for t in tensors.values()), b""
     if cfg.compressor == "ans":
-        side, words = ans_encode([t.codes for t in coded])
+        side, words = ans_encode([t.codes.reshape(-1, *t.shape[-2:]) for t in coded])
         section = compress(plain + side, "lzma")
     else:  # one byte a code: packing bits before a dictionary coder costs 12 % (#1649)
         section = compress(plain + b"".join(t.codes.tobytes() for t in coded), cfg.compressor)
@@ -1095,8 +1102,7 @@ def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
     magic, version, size, digest = PREFIX.unpack_from(blob.ljust(PREFIX.size, b"\0"))
     body = blob[PREFIX.size:]
     if (magic, version) != (MAGIC, VERSION):
-        raise RunError(f"artifact: not one of this program's, or format version {version} of it "
-                       f"(this program reads {VERSION})")
+        raise RunError(f"artifact: not one of ours, or format version {version}, not {VERSION}")
     if size > len(body) or hashlib.sha256(body).digest() != digest:
         raise RunError("artifact: truncated or damaged (its SHA-256 does not match)")
     try:
@@ -1117,32 +1123,28 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
     header, payload, cfg = read_header(blob, cfg)
     if header["vocabulary"] != vocabulary:
         raise RunError("artifact: made with another vocabulary than this tokenizer's")
-    shapes = {name: (math.prod(shape[:-1]), shape[-1]) for name, shape, _ in header["tensors"]}
-    limits = {name: limit for name, _, limit in header["tensors"]}
-    halves = {n: r if limits[n] else r * c for n, (r, c) in shapes.items()}
-    coded, ans = [shapes[n] for n in shapes if limits[n]], header["compressor"] == "ans"
-    rows, cells = sum(r for r, _ in coded), sum(r * c for r, c in coded)
-    floats = 2 * sum(halves.values())
-    section, words = np.split(np.frombuffer(payload, np.uint8), [header["section_bytes"]])
-    size = floats + (rows + 2 * SYMBOLS * ANS_CLUSTERS if ans else cells)
-    plain = decompress(section.tobytes(), "lzma" if ans else header["compressor"], size)
-    ends = np.cumsum([r * c for r, c in coded])
-    codes = ans_decode(plain[floats:], words.tobytes(), coded) if ans else (
-        np.split(np.frombuffer(plain[floats:], np.int8), ends))
-    steps = np.split(np.frombuffer(plain[:floats], "<f2"), np.cumsum(list(halves.values())))
+    table, ans = header["tensors"], header["compressor"] == "ans"
+    halves = [math.prod(shape[:-1] if limit else shape) for _, shape, limit in table]
+    cubes = [(math.prod(shape[:-2]), *shape[-2:]) for _, shape, limit in table if limit]
+    floats = 2 * sum(halves)
+    most = floats + sum(m * (r + c) if ans else m * r * c for m, r, c in cubes)
+    section, words = payload[:header["section_bytes"]], payload[header["section_bytes"]:]
+    plain = decompress(section, "lzma" if ans else header["compressor"], most)
+    codes = iter(ans_decode(plain[floats:], words, cubes) if ans else np.split(
+        np.frombuffer(plain[floats:], np.int8), np.cumsum([math.prod(c) for c in cubes])[:-1]))
+    steps = np.split(np.frombuffer(plain[:floats], "<f2"), np.cumsum(halves)[:-1])
     if not all(np.isfinite(s).all() for s in steps):
         raise RunError("artifact: it holds NaN or infinite numbers")
-    rest = iter(codes)
-    return cfg, {name: Stored(tuple(shape), limit, step, next(rest).reshape(shapes[name])
-                              if limit else None)
-                 for (name, shape, limit), step in zip(header["tensors"], steps)}
+    return cfg, {name: Stored(tuple(shape), limit, step,
+                              next(codes).reshape(-1, shape[-1]) if limit else None)
+                 for (name, shape, limit), step in zip(table, steps)}
 
 def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
-    """The artifact of the weights. If the best clips do not fit the budget, the least clip, one for
-    all rows, rises by bisection on exact sizes: equal steps are the best use of bits."""
+    """The artifact. If the best clips do not fit the budget, one least clip for all rows rises, by
+    bisection on exact sizes: equal steps are the best use of bits."""
     weights = {n: p.detach() for n, p in model.named_parameters()}
-    def attempt(floor):
-        return pack(quantize(weights, cfg, floor), cfg, data.corpus["vocabulary_sha256"])
+    attempt = lambda floor: pack(  # noqa: E731
+        quantize(weights, cfg, floor), cfg, data.corpus["vocabulary_sha256"])
     budget, floor, blob = cfg.artifact_bytes - code_bytes(), 0.0, attempt(0.0)
     low, high = CLIP_FLOORS
     for _ in range(CLIP_TRIALS if len(blob) > budget else 0):
@@ -1921,12 +1923,10 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
         scoring=headline, normalized=best["normalized"], total_bytes=total, seed=cfg.seed)
     run.record["final"].append(final)
     run.save(".json", json.dumps(run.record, indent=1).encode())
-    try:  # for people only: the score does not need them
+    with contextlib.suppress(ImportError):  # for people: the score does not need them
         from tools.report import plot, submission
         run.save(".png", plot(run.record))
         run.save(".submission.json", submission(run.record))
-    except ImportError as error:
-        run.log(f"no plot and no submission.json: {error}")
     run.row("final", **final)
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -1985,7 +1985,7 @@ def main() -> int:
         cfg, notes = load_config(os.environ)
         run = Run(cfg)
         return run_all(cfg, notes, run)
-    except (RunError, OSError, torch.OutOfMemoryError) as error:
+    except (RunError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if os.environ.get("DEBUG", "0") == "1": raise
         full = isinstance(error, torch.OutOfMemoryError)
         message = (f"out of device memory during {run.stage}: lower MICRO_BATCH_TOKENS or "

@@ -14,7 +14,6 @@ a window, C model_dim, H heads, D head_dim, L layers, V vocabulary, N targets.
 """
 
 from __future__ import annotations
-
 # ruff: noqa: E401
 import collections, contextlib, copy, difflib, fnmatch, glob, hashlib, importlib, itertools, json
 import lzma, math, os, platform, resource, signal, struct, subprocess, sys, time, typing
@@ -120,6 +119,7 @@ class Config:
     embed_bits: int = knob(8, "bits of an embedding code", (2, 8))
     compressor: str = knob("ans", "entropy coder of the codes", ["ans", "zstd", "lzma", "auto"])
     artifact_bytes: int = knob(16_000_000, "budget for code + artifact", POSITIVE)
+    load_weights: str = knob("", "quantize these weights (.safetensors); no training")
     load_artifact: str = knob("", "evaluate this artifact; no training")
     eval_seq_len: int = knob(2048, "tokens of a window", (2, 10**6))
     eval_stride: int = knob(64, "targets a window scores", POSITIVE)
@@ -149,6 +149,10 @@ class Config:
     ngram_history: str = knob("prefill", "hashed: a rank's start", ["prefill", "cold"])
     ngram_primes: tuple[int, ...] = knob(
         (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens")
+    @property
+    def given(self) -> str:
+        """The file that takes the place of training, if any."""
+        return self.load_artifact or self.load_weights
 
 FIELDS = {f.name: f for f in fields(Config)}
 
@@ -222,8 +226,7 @@ def parse_value(name: str, text: str):
         else:
             value, (low, high) = item(text), allowed
             fits, wanted = low <= value <= high, f"{wanted} from {low:g} to {high:g}"
-    except (ValueError, KeyError):
-        fits = False
+    except (ValueError, KeyError): fits = False
     if not fits: raise RunError(f"{name.upper()}={text!r}: expected {wanted}")
     return value
 
@@ -271,7 +274,7 @@ def check_config(cfg: Config) -> None:
     """RunError for values that contradict each other."""
     c, head_dim, orders = cfg, cfg.model_dim // cfg.num_heads, cfg.ngram_max_order - 1
     layers, centers = set(c.ve_layers) & set(range(c.num_layers)), len(c.ngram_ent_center)
-    by_length, trains = f"divisible by TRAIN_SEQ_LEN {c.train_seq_len}", not c.load_artifact
+    by_length, trains = f"divisible by TRAIN_SEQ_LEN {c.train_seq_len}", not c.given
     for name, failed, rule in (
             ("model_dim", c.model_dim % c.num_heads, f"divisible by NUM_HEADS {c.num_heads}"),
             ("num_heads", c.num_heads % c.num_kv_heads,
@@ -323,8 +326,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
+    except OSError as error: raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 class Run:
     """This process's place in the run: rank, device, log, and `record`, which becomes the JSON."""
@@ -333,9 +335,8 @@ class Run:
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: no CUDA device is available; set DEVICE=cpu")
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.is_main, self.stage = self.rank == 0, "start"
+        self.is_main, self.stage, self.log_file = self.rank == 0, "start", None
         self.record: dict = collections.defaultdict(list)
-        self.base, self.log_file = None, None
         self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         cuda and torch.cuda.set_device(self.device)
         alone = dict(store=dist.HashStore(), rank=0, world_size=1) if self.world == 1 else {}
@@ -375,10 +376,8 @@ class Run:
         """Rank 0's work(), sent to all, or every rank's own; an error on one is raised on all."""
         own, message, all_ranks = None, None, [None] * self.world
         if everywhere or self.is_main:
-            try:
-                own = work()
-            except (RunError, OSError) as error:
-                message = str(error)
+            try: own = work()
+            except (RunError, OSError) as error: message = str(error)
         dist.all_gather_object(all_ranks, (message, None if everywhere else own))
         for error, _ in all_ranks:
             if error: raise RunError(error)
@@ -480,7 +479,7 @@ class ByteTable:
         before, target = tokens[:-1].long(), tokens[1:].long()
         return self.base[target] + (self.space[target] & ~self.boundary[before])
 
-# What a run reads; train: a TokenStream or None, val: (N+1,) int64, corpus: facts for the log.
+# What a run reads. train: TokenStream or None; val: (N+1,) int64; corpus: facts for the log.
 Data = collections.namedtuple("Data", "tokenizer table train val corpus")
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -510,12 +509,12 @@ def load_data(cfg: Config, run: Run) -> Data:
         model = os.path.join(folder, "tokenizer.model")
         corpus = json.loads(Path(folder, "corpus.json").read_text())
     paths = {split: find_shards(folder, split) for split in ("train", "val")}
-    missing = [s for s in paths if not paths[s] and (s == "val" or not cfg.load_artifact)]
+    missing = [s for s in paths if not paths[s] and (s == "val" or not cfg.given)]
     if missing:
         raise RunError(f"DATA_PATH={folder}: no *_{missing[0]}_*.bin shards there. Get the "
                        f"published ones with: {FETCH}; or set TEXT_FILES='your/text/*.txt'")
     tokenizer, own = load_tokenizer(model, cfg.vocab_size), (cfg.vocab_size, run.rank, run.world)
-    train = None if cfg.load_artifact else TokenStream(paths["train"], *own)
+    train = None if cfg.given else TokenStream(paths["train"], *own)
     if train and len(train) <= cfg.train_batch_tokens:
         raise RunError(f"{folder}: {len(train)} training tokens, a step needs "
                        f"{cfg.train_batch_tokens + 1}; lower TRAIN_BATCH_TOKENS or give more text")
@@ -861,8 +860,7 @@ class Trainer:
         for step in range(self.cfg.warmup_steps):
             self.gradients(kinds[step % len(kinds)])
             optimizer.step(1.0, self.cfg.muon_momentum)
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), saved)
+        with torch.no_grad(): torch._foreach_copy_(list(self.model.parameters()), saved)
         self.loader.position = position
         self.run.row("warmup", steps=self.cfg.warmup_steps, seconds=self.run.sync() - started)
     def request_stop(self, number: int, _frame) -> None:
@@ -942,12 +940,13 @@ def compiled(function, cfg: Config, run: Run):
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None) -> GPT:
-    """The model on the run's device, initialized or with the given weights (by name, complete)."""
+    """The model on the run's device, initialized or with weights; RunError if they do not fit."""
     name, attention = choose_attention(cfg, run.device)
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
     model = GPT(cfg, attention, dtype)
-    model = model.initialize(cfg.seed) if weights is None else model
-    model.load_state_dict(weights or model.state_dict())
+    try: model.load_state_dict(weights) if weights else model.initialize(cfg.seed)
+    except RuntimeError as error:
+        raise RunError(f"these weights do not fit: {str(error).splitlines()[1].strip()}") from None
     run.row("model", parameters=sum(p.numel() for p in model.parameters()), attention=name,
             compute=str(dtype).removeprefix("torch."))
     return model.to(run.device)
@@ -1027,8 +1026,7 @@ def decompress(data: bytes, method: str, size: int) -> bytes:
     try:
         plain = lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, size + 1) if (
             method == "lzma") else zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
-    except (lzma.LZMAError, zstandard.ZstdError, EOFError):
-        plain = b""
+    except (lzma.LZMAError, zstandard.ZstdError, EOFError): plain = b""
     if len(plain) != size: raise RunError(f"artifact: its {method} section is damaged")
     return plain
 
@@ -1074,8 +1072,7 @@ def ans_decode(side: bytes, words: bytes, shapes: list[tuple]) -> list[np.ndarra
 
 def tensor_table(cfg: Config) -> list[list]:
     """[name, shape, limit] of every exported tensor of the architecture, by name; no memory."""
-    with torch.device("meta"):
-        model = GPT(replace(cfg, mtp_num_heads=0), None)
+    with torch.device("meta"): model = GPT(replace(cfg, mtp_num_heads=0), None)
     return [[n, list(p.shape), code_limit(n, cfg)] for n, p in sorted(model.named_parameters())]
 
 def pack(tensors: dict[str, Stored], cfg: Config, vocabulary: str) -> bytes:
@@ -1257,8 +1254,7 @@ class NeuralPass:
         return logits.double().log_softmax(-1).cpu()
 
 def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
-    """val_loss (nats per token) and val_bpb (bits per byte) of per-target log-probabilities (N,).
-    numpy adds in stream order on one thread, so that the sum's bits depend on nothing else."""
+    """val_loss (nats a token) and val_bpb (bits a byte) of (N,), summed in stream order."""
     nats, total = -float(np.add.reduce(logp.double().numpy())), int(byte_counts.sum())
     return dict(val_loss=nats / len(logp), val_bpb=nats / math.log(2) / max(1, total),
                 tokens=len(logp), bytes=total)
@@ -1311,8 +1307,7 @@ def earlier(groups: Groups, chunk: Tensor | None) -> Tensor:
     """(M,) int32: members of the same group before this one, and in earlier chunks if given."""
     if chunk is None:
         run = torch.arange(len(groups.start), dtype=torch.int32, device=groups.start.device)
-    else:
-        run = run_starts(changes(groups.start, chunk[groups.position]))
+    else: run = run_starts(changes(groups.start, chunk[groups.position]))
     return run - groups.start
 
 def hint_columns(contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tensor):
@@ -1420,8 +1415,7 @@ class Rule(typing.NamedTuple):
     cold: bool = False  # the history begins with a rank's span
     def counted(self, tokens: Tensor, span: tuple[int, int], cfg: Config):
         """(order, Counts) of the targets `span` of a stream; a rank counts all before (prefill)."""
-        start, end = span
-        begin = start if self.cold else 0
+        (start, end), begin = span, span[0] if self.cold else 0
         first = self.granularity if self.cold and start else self.first
         return count_ngrams(tokens[begin:end + 1], cfg.ngram_max_order, start + 1 - begin,
                             self.buckets, self.granularity, first, cfg.ngram_primes)
@@ -1815,8 +1809,7 @@ def replay(evaluation: Evaluation, first: int, choose) -> Tensor:
         if calibrated:
             candidates = e.candidates(target, network)
             logp = mixer.predict(candidates).logp
-        else:
-            logp = e.distribution(e.headline, target, network)[0]
+        else: logp = e.distribution(e.headline, target, network)[0]
         token = choose(target, logp)
         e.data.val[target + 1] = e.neural.tokens[target + 1] = token
         out.append(logp[token])
@@ -1930,16 +1923,23 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     run.row("final", **final)
 
 # ---- Main ----------------------------------------------------------------------------------------
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors file; RunError for any other file."""
+    try: return safetensors.torch.load(Path(path).read_bytes())
+    except safetensors.SafetensorError as error: raise RunError(f"{path}: {error}") from None
+
 def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
-    """Train, save the weights, export; the artifact's path, on every rank."""
-    run.stage = "training"
-    model = build_model(cfg, run)
-    trainer = Trainer(model, data, cfg, run)
-    trainer.train()
+    """Train and save the weights, or load some; export; the artifact's path, on every rank."""
+    if cfg.load_weights:
+        model = build_model(cfg, run, read_weights(cfg.load_weights))
+    else:
+        run.stage, model = "training", build_model(cfg, run)
+        trainer = Trainer(model, data, cfg, run)
+        trainer.train()
+        weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+        run.agree(lambda: run.save(".safetensors", safetensors.torch.save(weights)))
+        trainer.validate()
     run.stage = "export"
-    weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-    run.agree(lambda: run.save(".safetensors", safetensors.torch.save(weights)))
-    trainer.validate()
     return run.agree(lambda: run.save(f".int{cfg.matrix_bits}.ptz", export(model, data, cfg, run)))
 
 def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> int:
@@ -1969,7 +1969,7 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     """The whole run, as a table of contents; the exit status."""
     for note in notes: run.log(note)
     run.stage = "data"
-    cfg.load_artifact or micro_batch_tokens(cfg, run.world)  # fails before expensive work
+    cfg.given or micro_batch_tokens(cfg, run.world)  # fails before expensive work
     data = run.agree(lambda: load_data(cfg, run), everywhere=True)
     run.agree(lambda: describe_run(cfg, notes, data, run))
     path = Path(cfg.load_artifact) if cfg.load_artifact else make_artifact(data, cfg, run)

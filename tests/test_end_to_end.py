@@ -157,6 +157,22 @@ def mixes_as_it_should(done, corpus, run):
         assert abs(row["val_bpb"] - float(bits) / row["bytes"]) < 1e-6
 
 
+def test_saved_weights_start_again_at_quantization(job, trained, tmp_path):
+    """Weights give the artifact that the run gave, and a final line; foreign ones are one line."""
+    name = "golf-demo-1337"
+    done = job(LOAD_WEIGHTS=str(trained.logs / f"{name}.safetensors"))
+    assert done.returncode == 0 and done.final == trained.final, done.stderr
+    assert (done.logs / f"{name}.int6.ptz").read_bytes() == (
+        trained.logs / f"{name}.int6.ptz").read_bytes()
+    assert "\nstep:" not in done.stdout
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
+    for path, more, word in ((tmp_path / "bad.safetensors", {}, "bad.safetensors"),
+                             (tmp_path / "none.safetensors", {}, "none.safetensors"),
+                             (trained.logs / f"{name}.safetensors", dict(MODEL_DIM="64"), "fit")):
+        bad = job(LOAD_WEIGHTS=str(path), **more)
+        assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and word in bad.stderr
+
+
 def test_the_wall_clock_cap_holds(job):
     done = job(MAX_WALLCLOCK_SECONDS="4", ITERATIONS="100000", NGRAM_ENABLED="0")
     trained = done.record["trained"][0]

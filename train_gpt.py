@@ -442,8 +442,7 @@ class TokenStream:
         return np.concatenate(parts)
 
 class TrainLoader:
-    """Batches of the train stream; `position` (sequences drawn) is its state. A stride coprime to
-    the number of blocks visits all, and every batch spans the whole corpus."""
+    """Batches that span the whole corpus, by a stride coprime to its blocks; state: `position`."""
     def __init__(self, stream: TokenStream, cfg: Config, run: Run):
         self.stream, self.run, self.position, self.seq_len = stream, run, 0, cfg.train_seq_len
         self.batch = cfg.train_batch_tokens // cfg.train_seq_len  # sequences a step, all ranks
@@ -583,8 +582,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 class GPT(nn.Module):
-    """GPT with U-Net skips, the submissions' common trunk. Parameters are float32, computation in
-    `compute_dtype`. Per-layer vectors are stacked: a layer's options are data, not branches."""
+    """GPT with U-Net skips, the submissions' common trunk; a layer's options are data."""
     def __init__(self, cfg: Config, attention, compute_dtype=torch.float32):
         super().__init__()
         self.cfg, self.attention, self.compute_dtype = cfg, attention, compute_dtype
@@ -1213,7 +1211,7 @@ class NeuralPass:
         self.cfg, self.run, self.model, self.data = cfg, run, model, data
         self.tokens = data.val.to(run.device)  # (N+1,) int64
         self.grid = Grid(len(self.tokens) - 1, cfg, stride, run.world)
-        self.start, self.end = self.grid.spans[run.rank]
+        (self.start, self.end), self.window = self.grid.spans[run.rank], (None, None)
     @torch.no_grad()
     def scores(self, tokens: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
         """score_logits of windows of tokens (B,T); targets (B,last), hints (B,last,K)."""
@@ -1247,11 +1245,16 @@ class NeuralPass:
             self.run.row("eval", f"eval [{len(done)}/{len(self.grid.table)}]", bpb=row["val_bpb"])
     @torch.no_grad()
     def distribution(self, target: int) -> Tensor:
-        """The network's log-probabilities (V,) at a target, by the window that scores it."""
+        """Log-probabilities (V,) at a target; its window stays until `reveal` changes a token."""
         ends = self.grid.table[:, 2].contiguous()
-        start, _, end = self.grid.table[torch.searchsorted(ends, target, right=True)].tolist()
-        logits = self.model.logits(self.tokens[None, start:end], end - target)[0, 0]
-        return logits.double().log_softmax(-1).cpu()
+        start, first, end = self.grid.table[torch.searchsorted(ends, target, right=True)].tolist()
+        if self.window[0] != end:
+            self.window = end, self.model.logits(self.tokens[None, start:end], end - first)[0]
+        return self.window[1][target - first].double().log_softmax(-1).cpu()
+    def reveal(self, target: int, token: int) -> None:
+        """A decoder's next token becomes known."""
+        if self.tokens[target + 1] != token: self.window = None, None
+        self.tokens[target + 1] = self.data.val[target + 1] = token
 
 def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
     """val_loss (nats a token) and val_bpb (bits a byte) of (N,), summed in stream order."""
@@ -1687,8 +1690,7 @@ class Evaluation:
         ngram = torch.where(part.order > 0, part.probability, 0.0)
         return backoff_logp(logp, entropy, part, cfg), ngram
     def masses(self) -> None:
-        """Sum each scoring over the vocabulary at the samples, and compare the score given there
-        (score_error, nats); marks the rows, on rank 0."""
+        """Sum each scoring over the vocabulary at the samples; score_error: to the score given."""
         networks = [self.neural.distribution(i) for i in self.samples]
         for scoring, row in self.rows.items():
             pairs = [self.distribution(scoring, i, n) for i, n in zip(self.samples, networks)]
@@ -1811,7 +1813,7 @@ def replay(evaluation: Evaluation, first: int, choose) -> Tensor:
             logp = mixer.predict(candidates).logp
         else: logp = e.distribution(e.headline, target, network)[0]
         token = choose(target, logp)
-        e.data.val[target + 1] = e.neural.tokens[target + 1] = token
+        e.neural.reveal(target, token)
         out.append(logp[token])
         if calibrated:
             pending.append(MixInputs(*(c[..., token:token + 1] for c in candidates)))
@@ -1827,15 +1829,13 @@ def entropy_model(logp: Tensor):
     return constriction.stream.model.Categorical(probabilities, perfect=False)
 
 def encode_message(model: GPT, val: Tensor, span: tuple[int, int], cfg: Config, run: Run):
-    """(message: the numbers `span`, the tokens before it as they are, the targets in it coded;
-    bits of the coded part; log-probabilities of the coded targets)."""
+    """(message: span, the tokens before as they are, its targets coded; coded bits; their logp)."""
     coder, first = constriction.stream.queue.RangeEncoder(), span[0] + 1
     prefix = val[:first].numpy().astype("<u2").tobytes()
     def choose(target, logp):
         coder.encode(int(val[target + 1]), entropy_model(logp))
         return int(val[target + 1])
-    known = F.pad(val[:first], (0, span[1] + 1 - first))  # the others are still 0
-    logp = replay(evaluate_alone(model, known, cfg, run), span[0], choose)
+    logp = replay(evaluate_alone(model, val[:span[1] + 1].clone(), cfg, run), span[0], choose)
     words = coder.get_compressed().astype("<u4").tobytes()
     return struct.pack("<2I", *span) + prefix + words, 8 * len(words), logp
 

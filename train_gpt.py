@@ -20,12 +20,10 @@ import lzma, math, os, platform, resource, signal, struct, subprocess, sys, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-
 import constriction, numpy as np, safetensors.torch, sentencepiece, torch, zstandard
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 # PyTorch 2.13 renames two collectives; before, only the old names exist.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -958,7 +956,7 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
 # values, then codes or ANS side information), ANS words.
 
 CLIP_QUANTILES = 0.999, 0.9995, 0.9999, 1.0  # after #889's per-row search
-CLIP_FLOORS, CLIP_TRIALS = (1e-3, 1e3), 14  # range of the least clip; a factor 1.0008 in the end
+CLIP_FLOORS, CLIP_TRIALS = (1e-3, 1e3), 20  # range of the least clip, and most trials of it
 MAGIC, VERSION = b"GOLFINT6", 1
 PREFIX = struct.Struct("<8sHI32s")
 PER_OCTAVE = 4  # steps of the spreads of rows and columns
@@ -1135,21 +1133,23 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
                  for (name, shape, limit), step in zip(table, steps)}
 
 def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
-    """The artifact. If the best clips do not fit the budget, one least clip for all rows rises, by
-    bisection on exact sizes: equal steps are the best use of bits."""
-    weights = {n: p.detach() for n, p in model.named_parameters()}
+    """The artifact. If the best clips do not fit the budget, one least clip for all rows rises till
+    exact sizes fit: equal steps are the best use of bits, and an octave of step is a bit a code."""
+    weights = {n: p.detach() for n, p in model.named_parameters() if n not in TRAINING_ONLY}
     attempt = lambda floor: pack(  # noqa: E731
         quantize(weights, cfg, floor), cfg, data.corpus["vocabulary_sha256"])
     budget, floor, blob = cfg.artifact_bytes - code_bytes(), 0.0, attempt(0.0)
-    low, high = CLIP_FLOORS
+    (low, high), count = CLIP_FLOORS, sum(w.numel() for w in weights.values())
+    middle = math.sqrt(low * high)
     for _ in range(CLIP_TRIALS if len(blob) > budget else 0):
-        middle = math.sqrt(low * high)
         trial = attempt(middle)
-        low, high = (low, middle) if len(trial) <= budget else (middle, high)
         if len(trial) <= budget or len(trial) < len(blob): blob, floor = trial, middle
+        if 0 <= budget - len(trial) < 5e-4 * budget: break
+        low, high = (low, middle) if len(trial) <= budget else (middle, high)
+        middle *= 2 ** (8 * (len(trial) - 0.9998 * budget) / count)
+        middle = middle if low < middle < high else math.sqrt(low * high)
     run.row("artifact", artifact_bytes=len(blob), code_bytes=code_bytes(), clip_floor=floor,
-            compressor=cfg.compressor, bits_per_parameter=8 * len(blob) / sum(
-                w.numel() for n, w in weights.items() if n not in TRAINING_ONLY))
+            compressor=cfg.compressor, bits_per_parameter=8 * len(blob) / count)
     return blob
 
 def code_bytes() -> int:

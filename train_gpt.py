@@ -650,15 +650,15 @@ class GPT(nn.Module):
         half = cfg.num_layers // 2
         for i in range(cfg.num_layers):
             if skips and i >= half:  # with an odd number of blocks the last one has no skip
-                x = x + w["skip_weights"][i - half] * skips.pop()
-            x = w["resid_mix"][i, 0] * x + w["resid_mix"][i, 1] * x0
+                x = torch.addcmul(x, w["skip_weights"][i - half], skips.pop())
+            x = torch.addcmul(w["resid_mix"][i, 0] * x, w["resid_mix"][i, 1], x0)
             y, values = self.attend(w, i, x, tables, value_embedding, first_values,
                                     last if i == cfg.num_layers - 1 else T)
             first_values = values if first_values is None else first_values
-            x = x[:, -y.size(1):] + w["attn_scale"][i] * y
+            x = torch.addcmul(x[:, -y.size(1):], w["attn_scale"][i], y)
             hidden = F.linear(norm(x) * self.ln_scales[i], w["mlp_up_bank"][i])
             hidden = F.leaky_relu(hidden, cfg.relu_slope).square()
-            x = x + w["mlp_scale"][i] * F.linear(hidden, w["mlp_down_bank"][i])
+            x = torch.addcmul(x, w["mlp_scale"][i], F.linear(hidden, w["mlp_down_bank"][i]))
             skips += [x] if i < half else []
         return norm(x)
     def attend(self, w, i: int, x: Tensor, tables, value_embedding, first_values, last: int):
@@ -705,7 +705,7 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Exclusive self-attention: y (B,T,H,D) less its projection on its position's v (B,T,Hkv,D)."""
     grouped = y.unflatten(2, (v.size(2), -1))  # (B,T,Hkv,H/Hkv,D)
     direction = F.normalize(v, dim=-1).unsqueeze(3)
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+    return grouped.addcmul((grouped * direction).sum(-1, True), direction, value=-1).flatten(2, 3)
 
 # ---- Optimizers ----------------------------------------------------------------------------------
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Muon's quintic coefficients (Keller Jordan, 2024)
@@ -718,7 +718,7 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(g.dtype)
 
 class BankShard:
@@ -968,11 +968,11 @@ def code_limit(name: str, cfg: Config) -> int:
     return 2 ** ((cfg.embed_bits if name in EMBEDDINGS else cfg.matrix_bits) - 1) - 1
 
 def row_steps(w: Tensor, limit: int, floor: float = 0.0) -> Tensor:
-    """Step (...,1), a float16 number, of each row of w (...,cols): its best clip, and at least
-    `floor` (rate control), over `limit`."""
-    magnitudes, steps, errors = w.abs().sort(dim=-1).values, [], []
-    for quantile in CLIP_QUANTILES:
-        clip = magnitudes[..., math.ceil(quantile * (w.size(-1) - 1)), None].clamp(min=floor)
+    """Float16 step (...,1) of each row of w (...,cols): its best clip, at least floor, / limit."""
+    places = sorted({math.ceil(q * (w.size(-1) - 1)) for q in CLIP_QUANTILES})
+    largest, steps, errors = w.abs().topk(w.size(-1) - places[0], dim=-1).values, [], []
+    for place in places:
+        clip = largest[..., w.size(-1) - 1 - place, None].clamp(min=floor)
         steps.append((clip / limit).clamp(HALF_MIN, HALF_MAX).half().float())
         error = w - round_codes(w, steps[-1], limit) * steps[-1]
         errors.append(error.square().sum(-1, keepdim=True))

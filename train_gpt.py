@@ -1725,10 +1725,12 @@ AUDIT_TEXT_TOKENS = 2_000_000  # whose bytes are counted in their text
 MASS_WITHIN, SCORE_WITHIN = 1e-6, 1e-4  # of 1; of the batched score, in nats
 CODED_WITHIN, CODED_BITS = 1e-3, 64  # of the claim: a coder's fixed-point loss and its last words
 
-def audit_span(cfg: Config, targets: int) -> tuple[int, int]:
+def audit_span(e: Evaluation) -> tuple[int, int]:
     """(first, end) of the coded targets: whole windows, so that the run scored them by the same."""
-    length, stride = cfg.eval_seq_len, cfg.eval_stride
-    known, strides = AUDIT_UPDATES * cfg.mixer_chunk_tokens, (targets - length) // stride
+    length, stride, rule = e.cfg.eval_seq_len, e.cfg.eval_stride, e.rules.get(e.headline, Rule())
+    updates = AUDIT_UPDATES * max(rule.granularity, e.cfg.mixer_chunk_tokens)
+    known = max(rule.first + updates, e.cfg.ngram_start_tokens)
+    strides = (len(e.data.val) - 1 - length) // stride
     before = min(max(0, -((length - known) // stride)), strides // 2)
     coded = min(-(-AUDIT_TARGETS // stride), strides - before)
     return length + before * stride, length + (before + coded) * stride
@@ -1742,10 +1744,9 @@ def evaluate_alone(model: GPT, val: Tensor, cfg: Config, run: Run, samples=()) -
     return evaluation
 
 def audit_causal(evaluation: Evaluation) -> dict:
-    """Replace every token from a random target on, in a stream cut soon after: no score before may
-    differ, neither from the run's own, nor the whole distribution at that target."""
+    """Replace all tokens from a target on: no score before, nor the distribution there, differs."""
     e, val, cfg = evaluation, evaluation.data.val, evaluation.cfg
-    first, end = audit_span(cfg, len(val) - 1)
+    first, end = audit_span(e)
     rng = np.random.RandomState(cfg.seed)
     target = int(rng.randint(first, end))
     changed = val[:end + 1].clone()
@@ -1770,7 +1771,7 @@ def audit_normalized(evaluation: Evaluation) -> dict:
 def audit_single_pass(evaluation: Evaluation) -> dict:
     """Every target is in one scored span; sampled tables equal those made of a cut-off stream."""
     e, edges = evaluation, np.zeros(len(evaluation.data.val), np.int64)
-    rows = torch.cat([e.neural.grid.rows(b) for batches in e.neural.grid.batches for b in batches])
+    rows = torch.cat([e.neural.grid.rows(b) for part in e.neural.grid.batches for b in part])
     np.add.at(edges, rows[:, 1].numpy(), 1)
     np.add.at(edges, rows[:, 2].numpy(), -1)
     times, rebuilt, wrong = edges.cumsum()[:-1], sorted(e.mixers)[:4], 0
@@ -1852,8 +1853,8 @@ def decode_message(model: GPT, message: bytes, cfg: Config, run: Run) -> Tensor:
 def audit_decodable(evaluation: Evaluation) -> dict:
     """Code a part of the stream from the headline's distributions, and decode it."""
     e, val, model = evaluation, evaluation.data.val, evaluation.neural.model
-    first, end = audit_span(e.cfg, len(val) - 1)
-    message, bits, logp = encode_message(model, val, (first, end), e.cfg, e.run)
+    first, end = span = audit_span(e)
+    message, bits, logp = encode_message(model, val, span, e.cfg, e.run)
     decoded = decode_message(model, message, e.cfg, e.run)
     claimed = e.logp[e.headline][first:end]
     claim, error = -float(claimed.sum()) / math.log(2), float((claimed - logp).abs().max())
@@ -1953,8 +1954,7 @@ def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> int:
     evaluation.neural_pass()
     evaluation.score(evaluation.headline, started)  # the evaluation clock ends here
     for scoring in evaluation.order[1:]: evaluation.score(scoring, run.sync())
-    started = run.sync()
-    roundtrip = neural_score(model, data, cfg, run)
+    started, roundtrip = run.sync(), neural_score(model, data, cfg, run)
     if run.is_main:
         run.row("result", stage=f"int{cfg.matrix_bits}_roundtrip", scoring="neural", **roundtrip,
                 seconds=run.sync() - started)

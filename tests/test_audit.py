@@ -129,7 +129,7 @@ def test_a_message_decodes_in_another_process_from_artifact_and_message(
     """No validation tokens are in reach there: the folder holds the two files and nothing else."""
     evaluation = evaluated(data, artifact, **SMALL)
     monkeypatch.setattr(golf, "AUDIT_TARGETS", 128)
-    span = golf.audit_span(evaluation.cfg, len(evaluation.data.val) - 1)
+    span = golf.audit_span(evaluation)
     assert span[0] >= 3 * 64
     message, bits, _ = golf.encode_message(evaluation.neural.model, evaluation.data.val, span,
                                            evaluation.cfg, evaluation.run)

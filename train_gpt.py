@@ -1158,9 +1158,8 @@ def code_bytes() -> int:
 
 # ---- Windows and neural pass ---------------------------------------------------------------------
 def windows(num_targets: int, seq_len: int, stride: int):
-    """Yield (start, first_scored, end): spans [first_scored, end) tile the targets, of which i is
-    token i + 1. The first window scores all its seq_len targets, each next one its last `stride`,
-    a remainder is scored by a window shifted back."""
+    """Yield (start, first_scored, end): spans tile the targets (i: token i + 1). The first window
+    scores all, each next one its last `stride`, a window shifted back what remains."""
     end = min(seq_len, num_targets)
     yield 0, 0, end
     while end < num_targets:
@@ -1168,9 +1167,8 @@ def windows(num_targets: int, seq_len: int, stride: int):
         yield max(0, end - seq_len), first, end
 
 class Grid:
-    """Windows in batches, the same for any number of ranks. Batch 0 is the first window; the others
-    are `batch` windows that score their last `last` targets. table (windows,3) int64: start,
-    first_scored, end. spans: each rank's targets [start, end), possibly none."""
+    """Windows in batches, the same for any number of ranks: batch 0 is the first, the others score
+    their `last` targets. table (windows,3): of `windows`. spans: each rank's targets, or none."""
     def __init__(self, num_targets: int, cfg: Config, stride: int, world: int):
         table = windows(num_targets, cfg.eval_seq_len, stride)
         self.table, self.last = torch.tensor(list(table)), stride
@@ -1269,12 +1267,11 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     return score_of(columns[:, 0], data.table.target_bytes(data.val)) if run.is_main else {}
 
 # ---- N-gram counts -------------------------------------------------------------------------------
-# Counting by sorting. Grouping positions by the n-gram that ends at each, in stream order inside
-# a group, makes "how often before" a rank in the group. The groups of length n + 1 come from
-# those of length n: step one token on and split every group by that token with a stable sort.
-# Groups of one are dropped as they arise: what has occurred once has no count, and nothing longer
-# that begins with it can either, so the sorts shrink with every order. Buckets in place of
-# n-grams give a hashed table's counts, a rank among earlier chunks a coarser cache's.
+# Counting by sorting. With positions grouped by the n-gram that ends there, in stream order inside
+# a group, "how often before" is a rank. Groups of length n + 1 come from those of length n: step
+# one token on, split every group by that token with a stable sort, and drop groups of one: nothing
+# longer repeats there, so the sorts shrink with every order. Buckets in place of n-grams give a
+# hashed table's counts, a rank among earlier chunks a coarser cache's.
 
 # Columns of one order n, (positions,) int32: how often the n - 1 tokens before occurred, how often
 # this token followed them; exact counts: how many different tokens did, the one that did last (-1:
@@ -1374,13 +1371,17 @@ def scan_ngrams(tokens, target, rule, max_order, cfg, begin=0):
         if n and n <= place:  # ends: places whose n tokens before are those before the target
             ends = ends[ends >= n]
             ends = ends[known[ends - n] == known[place - n]]
-            keys = F.pad(keys[:-1] ^ known * primes[(n - 1) % len(primes)], (1, 0))
+            if rule.buckets: keys = F.pad(keys[:-1] ^ known * primes[(n - 1) % len(primes)], (1, 0))
         followed = known[ends[:0] if n > place else ends]
         if rule.buckets and 0 < n <= place:
             last, mask = primes[n % len(primes)], rule.buckets - 1
-            table = ((keys[n:visible] ^ known[n:visible] * last) & mask).sort().values
+            table = (keys[n:visible] ^ known[n:visible] * last) & mask
             wanted = (keys[place] ^ words * last) & mask
-            pair = torch.searchsorted(table, wanted, right=True) - torch.searchsorted(table, wanted)
+            if len(table) < rule.buckets:  # a short history: sort it, not all the buckets
+                table = table.sort().values
+                low, high = (torch.searchsorted(table, wanted, right=r) for r in (False, True))
+            pair = high - low if len(table) < rule.buckets else torch.bincount(
+                table, minlength=rule.buckets)[wanted]
             context = (keys[n:visible] & mask == keys[place] & mask).sum()
             yield order, Counts(context.expand(len(words)), pair)
             continue
@@ -1468,8 +1469,7 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
     mixed = (1 - alpha) * logp.exp() + alpha * part.probability
     return torch.where(part.order > 0, mixed.clamp(min=PROBABILITY_FLOOR).log(), logp)
 
-# Constants of the calibrated mixer: chosen on one half of a corpus, see bench/mixers.py.
-ONE = 2.0**32  # the tables' unit
+ONE = 2.0**32  # the tables' unit; these constants were chosen with bench/mixers.py
 KNOTS, KNOT_MAX = 25, 12.0  # a knot per logit from -12 to 12
 HINT_PRIOR = 10.0  # pseudo-observations a knot
 LEVEL_PRIOR = 0.1, 2.0  # a, b: lambda starts at a/(a + b)
@@ -1614,8 +1614,8 @@ class Evaluation:
         self.headline = wanted if wanted in names else "neural"
         self.order = sorted(names, key=lambda name: name != self.headline)
         self.rows, self.logp, self.columns, self.mixers = {}, {}, None, {}
-        self.samples = np.random.RandomState(cfg.seed).randint(
-            0, len(data.val) - 1, MASS_POSITIONS).tolist()
+        count = max(4, min(MASS_POSITIONS, 2**28 // len(data.val)))  # scans of long ones are slow
+        self.samples = np.random.RandomState(cfg.seed).randint(0, len(data.val) - 1, count).tolist()
     def neural_pass(self) -> None:
         """Count, to name the hints, and run the network; its columns on rank 0."""
         cfg, spans, tokens = self.cfg, self.neural.grid.spans, self.neural.tokens
@@ -1765,7 +1765,7 @@ def audit_normalized(evaluation: Evaluation) -> dict:
     """Sums over the vocabulary at the sampled targets, by scans; the scores given were theirs."""
     row = evaluation.rows[evaluation.headline]
     passed = row["mass_error"] <= MASS_WITHIN and row["score_error"] <= SCORE_WITHIN
-    return dict(passed=passed, targets=MASS_POSITIONS, **{key: row[key] for key in (
+    return dict(passed=passed, targets=len(evaluation.samples), **{key: row[key] for key in (
         "mass", "mass_error", "score_error", "ngram_mass") if key in row})
 
 def audit_single_pass(evaluation: Evaluation) -> dict:

@@ -27,7 +27,8 @@ TINY = dict(SCALE="demo", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", ROPE_
             TRAIN_SEQ_LEN="64", EVAL_SEQ_LEN="64", EVAL_STRIDE="16", TRAIN_BATCH_TOKENS="1536",
             VAL_TOKENS="4096", VOCAB_SIZE="512", BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8",
             VE_DIM="8", EVAL_BATCH_WINDOWS="8", ITERATIONS="6", MAX_WALLCLOCK_SECONDS="0",
-            NGRAM_BUCKETS="1024", MIXER_CHUNK_TOKENS="256", AUTHOR="a tester")
+            NGRAM_BUCKETS="1024", MIXER_CHUNK_TOKENS="256", AUDIT="0",
+            AUTHOR="a tester")
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +80,8 @@ def job(workplace):
 
 @pytest.fixture(scope="session")
 def trained(job):
-    """A finished tiny run of the default recipe."""
-    done = job()
+    """A finished tiny run of the default recipe, the one that is audited."""
+    done = job(AUDIT="strict")
     assert done.returncode == 0, done.stderr
     return done
 

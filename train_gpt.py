@@ -12,7 +12,6 @@ Everything is set by environment variables; the last line that a run prints is i
 Units are in names (`_seconds`, `_bytes`, `_tokens`); shapes in comments use B windows, T tokens of
 a window, C model_dim, H heads, D head_dim, L layers, V vocabulary, N targets.
 """
-
 from __future__ import annotations
 # ruff: noqa: E401
 import collections, contextlib, copy, difflib, fnmatch, glob, hashlib, importlib, itertools, json
@@ -499,7 +498,8 @@ def load_data(cfg: Config, run: Run) -> Data:
     """Find or make the corpus, check it, and read the validation stream, cut to VAL_TOKENS."""
     folder, model, corpus = cfg.data_path, cfg.tokenizer_path, dict(source=cfg.data_path)
     nothing_given = folder == Config.data_path and not find_shards(folder, "val")
-    if cfg.text_files or (cfg.scale == "demo" and nothing_given):
+    if Path(__file__).with_name("tools").exists() and (
+            cfg.text_files or (cfg.scale == "demo" and nothing_given)):
         sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which may be __main__
         from tools.prepare_text import prepare_text  # no part of a run on shards
         folder = str(run.agree(lambda: prepare_text(cfg, run)))
@@ -508,8 +508,8 @@ def load_data(cfg: Config, run: Run) -> Data:
     paths = {split: find_shards(folder, split) for split in ("train", "val")}
     missing = [s for s in paths if not paths[s] and (s == "val" or not cfg.given)]
     if missing:
-        raise RunError(f"DATA_PATH={folder}: no *_{missing[0]}_*.bin shards there. Get the "
-                       f"published ones with: {FETCH}; or set TEXT_FILES='your/text/*.txt'")
+        raise RunError(f"DATA_PATH={folder}: no *_{missing[0]}_*.bin shards there. Get the public "
+                       f"ones: {FETCH}; or, with tools/ here, set TEXT_FILES='your/text/*.txt'")
     tokenizer, own = load_tokenizer(model, cfg.vocab_size), (cfg.vocab_size, run.rank, run.world)
     train = None if cfg.given else TokenStream(paths["train"], *own)
     if train and len(train) <= cfg.train_batch_tokens:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import train_gpt as golf
+from conftest import TINY
 from tools.prepare_text import write_shard
 
 
@@ -160,3 +161,25 @@ def test_artifacts_of_another_vocabulary_and_damaged(job, trained, text_folder, 
     blob[len(blob) // 2] ^= 4
     (tmp_path / "bad.ptz").write_bytes(blob)
     check(job(LOAD_ARTIFACT=str(tmp_path / "bad.ptz")), "artifact", "damaged", "SHA-256")
+
+
+def test_a_lone_file_asks_for_shards(tmp_path, shards):
+    """Without tools/ beside it train_gpt.py makes no shards of text; on shards it runs."""
+    import shutil
+    import subprocess
+    import sys
+    shutil.copy(golf.__file__, tmp_path)
+
+    def run(**env):
+        return subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, text=True,
+                              capture_output=True, env=dict(
+                                  PATH="/usr/bin:/bin", OMP_NUM_THREADS="1") | env)
+
+    done = run(TEXT_FILES="*.py")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "hf download" in done.stderr and "tools/" in done.stderr
+    tokens = np.arange(40_000) % 400 + 4
+    variables = shards(train=tokens, val=tokens[:1000])
+    tiny = {k: v for k, v in TINY.items() if k not in ("VAL_TOKENS", "SCALE")}
+    done = run(SCALE="demo", **tiny | variables | dict(ITERATIONS="2", VAL_TOKENS="512"))
+    assert done.returncode == 0 and "\nfinal val_loss:" in done.stdout, done.stderr

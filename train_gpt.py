@@ -1146,7 +1146,7 @@ def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
         if len(trial) <= budget or len(trial) < len(blob): blob, floor = trial, middle
         if 0 <= budget - len(trial) < 5e-4 * budget: break
         low, high = (low, middle) if len(trial) <= budget else (middle, high)
-        middle *= 2 ** (8 * (len(trial) - 0.9998 * budget) / count)
+        middle *= 2 ** min(8.0, 8 * (len(trial) - 0.9998 * budget) / count)
         middle = middle if low < middle < high else math.sqrt(low * high)
     run.row("artifact", artifact_bytes=len(blob), code_bytes=code_bytes(), clip_floor=floor,
             compressor=cfg.compressor, bits_per_parameter=8 * len(blob) / count)
@@ -1795,7 +1795,7 @@ def audit_bytes(evaluation: Evaluation) -> dict:
             own = int(table.target_bytes(document).sum())
             wrong += own != len(tokenizer.decode(document[1:].tolist()).encode())
             counted, documents = counted + own, documents + 1
-    return dict(passed=not (wrong or unknown), documents=documents, bytes=counted,
+    return dict(passed=documents > 0 == wrong == unknown, documents=documents, bytes=counted,
                 wrong_documents=wrong, unknown_targets=unknown)
 
 def replay(evaluation: Evaluation, first: int, choose) -> Tensor:

@@ -14,8 +14,8 @@ a window, C model_dim, H heads, D head_dim, L layers, V vocabulary, N targets.
 """
 from __future__ import annotations
 # ruff: noqa: E401
-import collections, contextlib, copy, difflib, fnmatch, glob, hashlib, importlib, itertools, json
-import lzma, math, os, platform, resource, signal, struct, subprocess, sys, time, typing
+import collections, contextlib, copy, glob, hashlib, importlib, itertools, json, lzma, math
+import os, platform, resource, signal, struct, subprocess, sys, time, typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +41,6 @@ def knob(default, meaning: str, allowed=NONNEGATIVE):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. The environment variable is the field's name in capitals."""
-
     recipe: str = knob("golf", "ours (golf) or a submission's (pr889, pr806, pr890, pr1094)")
     scale: str = knob("auto", "the challenge's size or a laptop's", ["auto", "full", "demo"])
     run_id: str = knob("", "name of the run's files; empty: recipe-scale-seed")
@@ -92,12 +91,12 @@ class Config:
     val_loss_every: int = knob(4000, "steps between validations; 0: at the end only")
     val_batch_size: int = knob(524288, "tokens of a validation batch, over 8 ranks", POSITIVE)
     train_log_every: int = knob(200, "steps between training lines")
+    checkpoint_seconds: float = knob(0.0, "training time between checkpoints; 0: none")
+    resume: bool = knob(False, "1: go on from the checkpoint of RUN_ID")
     averaging: str = knob("ema", "weights to export", ["ema", "swa", "none"])
     ema_decay: float = knob(0.997, "per step of schedule_steps", FRACTION)
     swa_enabled: bool = knob(True, "0 turns AVERAGING=swa off")
     swa_every: int = knob(200, "steps between SWA samples, once the lr scale is < 0.5", POSITIVE)
-    qat_enabled: bool = knob(False, "quantization-aware training (QAT) from the start")
-    late_qat_threshold: float = knob(0.15, "QAT once the lr scale is below; 0: never", FRACTION)
     matrix_lr: float = knob(0.025, "Muon's lr")
     scalar_lr: float = knob(0.025, "AdamW's lr of vectors")
     tied_embed_lr: float = knob(0.035, "AdamW's lr of embeddings and tied head")
@@ -112,8 +111,9 @@ class Config:
     adam_eps: float = knob(1e-8, "AdamW's epsilon", FRACTION)
     adam_wd: float = knob(0.04, "AdamW's decoupled weight decay")
     grad_clip_norm: float = knob(0.3, "largest norm of the averaged gradient; 0: no clipping")
-    matrix_bits: int = knob(6, "bits of a matrix code", (2, 8))
-    embed_bits: int = knob(8, "bits of an embedding code", (2, 8))
+    gptq_seconds: float = knob(10.0, "training time kept for calibration; 0: no GPTQ")
+    matrix_bits: int = knob(6, "bits of a matrix code; with ans, on average", (2, 8))
+    embed_bits: int = knob(8, "bits of an embedding code, likewise", (2, 8))
     compressor: str = knob("ans", "entropy coder of the codes", ["ans", "zstd", "lzma", "auto"])
     artifact_bytes: int = knob(16_000_000, "budget for code + artifact", POSITIVE)
     load_weights: str = knob("", "quantize these weights (.safetensors); no training")
@@ -127,7 +127,7 @@ class Config:
     audit: str = knob("1", "check the score; strict: exit 3 if one fails", ["0", "1", "strict"])
     mixer_max_order: int = knob(12, "longest n-gram of the calibrated mixer", (4, 64))
     mixer_chunk_tokens: int = knob(8192, "targets between updates of its tables", POSITIVE)
-    save_neural_pass: str = knob("", "file (.npz) for the neural pass, for bench/mixers.py")
+    resume_eval: bool = knob(False, "1: take the neural pass that an earlier run saved, if any")
     ngram_enabled: bool = knob(True, "mix with n-grams at all")
     ngram_min_order: int = knob(2, "shortest n-gram of the backoff", (2, 64))
     ngram_max_order: int = knob(7, "longest n-gram of the backoff", (2, 64))
@@ -146,19 +146,11 @@ class Config:
     ngram_history: str = knob("prefill", "hashed: a rank's start", ["prefill", "cold"])
     ngram_primes: tuple[int, ...] = knob(
         (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens")
-    @property
-    def given(self) -> str:
-        """The file that takes the place of training, if any."""
-        return self.load_artifact or self.load_weights
-
 FIELDS = {f.name: f for f in fields(Config)}
-
 # Other names of fields in the submissions' scripts.
-ALIASES = dict(VRL_ENABLED="value_residual", NGRAM_ORDER="ngram_max_order",
-               NGRAM_CACHE="ngram_enabled", USE_NGRAM_MIXER="ngram_enabled",
-               ALPHA_BASE="ngram_ent_base", ALPHA_RANGE="ngram_ent_range",
-               ALPHA_CENTER="ngram_ent_center")
-
+ALIASES = dict(VRL_ENABLED="value_residual", NGRAM_ORDER="ngram_max_order", USE_NGRAM_MIXER=(
+    "ngram_enabled"), NGRAM_CACHE="ngram_enabled", ALPHA_BASE="ngram_ent_base",
+    ALPHA_RANGE="ngram_ent_range", ALPHA_CENTER="ngram_ent_center")
 # The four submissions: values that differ from Config's defaults, which are `golf`, ours.
 RECIPES = {
     "golf": {},
@@ -166,45 +158,35 @@ RECIPES = {
                   ngram_table="hashed", ngram_history="cold", schedule_steps=6760,
                   ngram_primes=(36313, 27191, 51647, 81929, 131071, 175447, 209591)),
     "pr806": dict(relu_slope=0.9, ve_enabled=False, xsa_last_n=0, rope_dims=64, ln_scale=False,
-                  warmdown_iters=3000, averaging="swa", late_qat_threshold=0.0, compressor="zstd",
-                  schedule_steps=7185, scoring="backoff", ngram_table="hashed"),
-    "pr890": dict(num_kv_heads=8, mlp_mult=3.5, bigram_vocab_size=4096, late_qat_threshold=0.5,
-                  matrix_bits=5, compressor="zstd", eval_stride=32, ngram_max_order=9,
-                  ngram_ent_center=(4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6), schedule_steps=5180,
-                  scoring="backoff", ngram_table="hashed", ngram_match="pair", ngram_primes=(
+                  warmdown_iters=3000, averaging="swa", compressor="zstd", schedule_steps=7185,
+                  scoring="backoff", ngram_table="hashed"),
+    "pr890": dict(num_kv_heads=8, mlp_mult=3.5, bigram_vocab_size=4096, matrix_bits=5,
+                  compressor="zstd", schedule_steps=5180, eval_stride=32, scoring="backoff",
+                  ngram_ent_center=(4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6), ngram_max_order=9,
+                  ngram_table="hashed", ngram_match="pair", ngram_primes=(
                       36313, 27191, 51647, 81929, 131071, 174763, 233017, 299993, 350377)),
     "pr1094": dict(relu_slope=0.75, xsa_last_n=4, mtp_num_heads=2, mtp_loss_weight=0.1,
-                   matrix_lr=0.027, warmdown_iters=3700, late_qat_threshold=0.0,
-                   compressor="lzma", ngram_max_order=10, ngram_min_count=1, ngram_ent_base=0.2,
-                   ngram_ent_center=(3.0,), ngram_fallback="unigram", ngram_start_tokens=5000,
+                   matrix_lr=0.027, warmdown_iters=3700, schedule_steps=7020, compressor="lzma",
                    scoring="backoff", ngram_table="hashed", ngram_granularity="batch",
-                   schedule_steps=7020)}
-
+                   ngram_max_order=10, ngram_min_count=1, ngram_ent_center=(3.0,),
+                   ngram_ent_base=0.2, ngram_start_tokens=5000, ngram_fallback="unigram")}
 # A laptop's sizes: 11 layers still, about two minutes of training on 2 cores.
 DEMO = dict(model_dim=128, num_heads=4, train_seq_len=256, eval_seq_len=256,
             train_batch_tokens=4096, bigram_vocab_size=1024, bigram_dim=32, ve_dim=32,
             val_tokens=131072, max_wallclock_seconds=120.0, warmup_steps=2, eval_batch_windows=16,
             val_batch_size=32768, mixer_chunk_tokens=1024)
-
 # What determines the network's function: the artifact's header holds these and nothing else.
 ARCHITECTURE = """matrix_bits embed_bits vocab_size num_layers model_dim num_heads num_kv_heads
     mlp_mult relu_slope logit_softcap rope_base rope_dims ln_scale bigram_vocab_size
     bigram_dim ve_enabled ve_dim ve_layers xsa_last_n value_residual""".split()
 
-HELP_SECTIONS = dict(  # by the section's first field
-    recipe="Run", data_path="Data", num_layers="Model", iterations="Training", scoring="Scoring",
-    matrix_lr="Optimizers", matrix_bits="Artifact", eval_seq_len="Evaluation")
-
-# Variables of the submissions' scripts that change nothing here ("*": all that begin so).
-WITHOUT_EFFECT = {
-    "MUON_BETA2": "read by the submissions, used by none", "DTG_ENABLED": "off in every submission",
-    "GATED_ATTENTION": "off in every submission", "COMPLEMENT_ALPHA": "0 in #1094",
-    "NGRAM_ENT_THRESH": "read by #890, used nowhere", "DISTILL_*": "dead code in #806",
-    "KG_LOSS_WEIGHT": "its code is absent from #1094", "PAID_PREFIX_*": "dead code in #806",
-    "CONTROL_TENSOR_NAME_PATTERNS": "tensors are classed by what they are, not by names",
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "tensors are classed by what they are, not by names",
-    "TIE_EMBEDDINGS": "always tied", "EMBED_LR": "always tied: TIED_EMBED_LR",
-    "TTT_*": "training on validation text is no part of this system"}
+def tool(name: str, needed: bool = False):
+    """The module tools/<name>.py for what people want beside the score; None if there is none."""
+    if not Path(__file__).with_name("tools").exists():
+        if needed: raise RunError(f"this needs tools/{name}.py beside {Path(__file__).name}")
+        return None
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which may be __main__
+    return importlib.import_module(f"tools.{name}")
 
 def parse_value(name: str, text: str):
     """The value of a field of Config; RunError names the variable, its value, what is allowed."""
@@ -231,18 +213,12 @@ def read_environment(env: typing.Mapping[str, str]) -> tuple[dict, list[str]]:
     """({field: value} from the environment, log lines); RunError for a bad or mistyped variable."""
     known, values, notes = {name.upper(): name for name in FIELDS} | ALIASES, {}, []
     for name in sorted(env):
-        if name in known:
-            value = parse_value(known[name], env[name])
-            if values.setdefault(known[name], value) != value:
-                raise RunError(f"{name}={value}: {known[name].upper()} is set to another value")
-            notes += [f"variable {name} sets {known[name].upper()}"] if name in ALIASES else []
-            continue
-        idle = [reason for key, reason in WITHOUT_EFFECT.items() if fnmatch.fnmatchcase(name, key)]
-        notes += [f"variable {name} has no effect: {reason}" for reason in idle]
-        edits = 0 if idle or len(name) < 8 else 1 if len(name) < 12 else 2
-        similar = difflib.get_close_matches(name, known, 1, 1 - edits / len(name))
-        if edits and similar and abs(len(similar[0]) - len(name)) <= edits:
-            raise RunError(f"unknown variable {name}: did you mean {similar[0]}?")
+        if name not in known: continue
+        value = parse_value(known[name], env[name])
+        if values.setdefault(known[name], value) != value:
+            raise RunError(f"{name}={value}: {known[name].upper()} is set to another value")
+        notes += [f"variable {name} sets {known[name].upper()}"] if name in ALIASES else []
+    if variables := tool("variables"): notes += variables.check_names(sorted(env), known)
     return values, notes
 
 def load_config(env: typing.Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -271,7 +247,7 @@ def check_config(cfg: Config) -> None:
     """RunError for values that contradict each other."""
     c, head_dim, orders = cfg, cfg.model_dim // cfg.num_heads, cfg.ngram_max_order - 1
     layers, centers = set(c.ve_layers) & set(range(c.num_layers)), len(c.ngram_ent_center)
-    by_length, trains = f"divisible by TRAIN_SEQ_LEN {c.train_seq_len}", not c.given
+    by_length = f"divisible by TRAIN_SEQ_LEN {c.train_seq_len}"
     for name, failed, rule in (
             ("model_dim", c.model_dim % c.num_heads, f"divisible by NUM_HEADS {c.num_heads}"),
             ("num_heads", c.num_heads % c.num_kv_heads,
@@ -289,41 +265,28 @@ def check_config(cfg: Config) -> None:
              f"one number or, for orders 2 to NGRAM_MAX_ORDER, {orders}"),
             ("ngram_ent_base", c.ngram_ent_base + c.ngram_ent_range > 1,
              f"at most 1 - NGRAM_ENT_RANGE = {1 - c.ngram_ent_range:g}"),
-            ("iterations", trains and not (c.max_wallclock_seconds or c.iterations),
-             "above 0 where MAX_WALLCLOCK_SECONDS is 0"),
+            ("iterations", not (c.load_artifact or c.load_weights or c.max_wallclock_seconds
+                                or c.iterations), "above 0 where MAX_WALLCLOCK_SECONDS is 0"),
             ("ngram_buckets", c.ngram_buckets & (c.ngram_buckets - 1), "a power of 2"),
             ("ngram_primes", not c.ngram_primes, "at least one number"),
             ("run_id", "/" in c.run_id, "without '/'")):
         if failed: raise RunError(f"{name.upper()}={getattr(c, name)}: must be {rule}")
 
-def help_text() -> str:
-    """What --help prints: every variable with default and meaning, by section, and the recipes."""
-    lines = [__doc__.strip(), "", "Variables, with defaults"]
-    for name, f in FIELDS.items():
-        lines += ["", HELP_SECTIONS[name]] if name in HELP_SECTIONS else []
-        choices = ", ".join(f.metadata["allowed"]) if f.type == "str" else ""
-        names = " / ".join([name.upper(), *(a for a, n in ALIASES.items() if n == name)])
-        demo = f"; demo: {DEMO[name]}" if name in DEMO else ""
-        lines += [f"  {names}={str(f.default).strip('()')}{demo}",
-                  f"      {f.metadata['meaning']}" + (f" ({choices})" if choices else "")]
-    lines += ["", "Recipes: what differs from the defaults above"]
-    lines += [" ".join([f"  RECIPE={name}:", *(f"{k.upper()}={v}" for k, v in recipe.items())])
-              for name, recipe in RECIPES.items()]
-    idle = [f"  {name}: {reason}" for name, reason in WITHOUT_EFFECT.items()]
-    return "\n".join([*lines, "", "Accepted without effect (logged)", *idle])
-
 # ---- Runtime: ranks, log, files ------------------------------------------------------------------
 FORMATS = dict(val_loss=".8f", val_bpb=".8f", train_loss=".4f", lr_scale=".3f", seconds=".1f",
                bpb=".4f", unigram_bpb=".4f", mass=".7g", max_mass=".7g", ngram_mass=".7g",
-               bits_per_parameter=".3f", clip_floor=".4g", mass_error=".2g", score_error=".2g")
+               bits_per_parameter=".3f", log2_step=".4g", mass_error=".2g", score_error=".2g")
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: no partial file has a final name."""
+def write_atomic(path: Path, content) -> None:
+    """Write bytes, or tensors by name, under another name, then rename; RunError if that fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data)
+        if isinstance(content, bytes): temporary.write_bytes(content)
+        else: safetensors.torch.save_file(content, temporary)
         os.replace(temporary, path)
-    except OSError as error: raise RunError(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError): temporary.unlink()
+        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from None
 
 class Run:
     """This process's place in the run: rank, device, log, and `record`, which becomes the JSON."""
@@ -333,6 +296,7 @@ class Run:
             raise RunError("DEVICE=cuda: no CUDA device is available; set DEVICE=cpu")
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.is_main, self.stage, self.log_file = self.rank == 0, "start", None
+        self.saved, self.unsaved = [], []  # paths, and what could not be written and why
         self.record: dict = collections.defaultdict(list)
         self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         cuda and torch.cuda.set_device(self.device)
@@ -353,16 +317,22 @@ class Run:
         vars(other).update(rank=0, world=1, is_main=True, log_file=None,
                            record=collections.defaultdict(list))
         return other
-    def save(self, suffix: str, data: bytes) -> Path:
-        """Write logs/<run_id><suffix>, on rank 0; its path."""
-        write_atomic(path := Path(f"{self.base}{suffix}"), data)
+    def save(self, suffix: str, content, base: str = "") -> None:
+        """Write logs/<run_id><suffix>, on rank 0. If that fails the run goes on, and says so."""
+        path = Path(f"{base or self.base}{suffix}")
+        try: write_atomic(path, content)
+        except RunError as error:
+            self.unsaved.append(str(error))
+            return self.log(self.unsaved[-1])
+        self.saved.append(str(path))
         self.log(f"saved {path}")
-        return path
     def log(self, line: str) -> None:
         """One line to console and log file, on rank 0."""
         if self.log_file:
             print(line, flush=True)
-            print(line, file=self.log_file, flush=True)
+            try: print(line, file=self.log_file, flush=True)
+            except OSError as error:
+                self.unsaved = [f"cannot write {self.base}.txt: {error.strerror}"]
     def row(self, kind: str, prefix: str | None = None, **values) -> None:
         """Log `kind key:value ...` (or another prefix) and keep the values for the JSON."""
         self.record[kind].append(values)
@@ -426,8 +396,7 @@ class TokenStream:
         for path, shard in list(zip(paths, self.shards))[rank::world]:
             if (top := int(shard.max())) >= vocab_size:
                 raise RunError(f"{path}: token {top} at {shard.argmax()}, not below {vocab_size}")
-    def __len__(self) -> int:
-        return int(self.ends[-1])
+    def __len__(self) -> int: return int(self.ends[-1])
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from cyclic position `start`, as int64."""
         parts = []
@@ -459,9 +428,8 @@ class TrainLoader:
         return tokens[:, :-1], tokens[:, 1:]
 
 class ByteTable:
-    """Per piece of a SentencePiece vocabulary, what it adds to the text: (V,) tensors. base: its
-    UTF-8 bytes without a leading space sign, other space signs being a byte each. space: it has
-    one, worth a byte unless the token before is a boundary: a control, unknown or unused piece."""
+    """What each piece adds to the text, (V,) tensors. base: its UTF-8 bytes without a leading space
+    sign. space: it has one, worth a byte unless the token before is a boundary (no real piece)."""
     def __init__(self, tokenizer):
         t, ids = tokenizer, range(tokenizer.get_piece_size())
         boundary = [t.is_control(i) or t.is_unknown(i) or t.is_unused(i) for i in ids]
@@ -474,7 +442,6 @@ class ByteTable:
         """Bytes (N,) int64 of the targets tokens[1:] of a stream (N+1,)."""
         before, target = tokens[:-1].long(), tokens[1:].long()
         return self.base[target] + (self.space[target] & ~self.boundary[before])
-
 # What a run reads. train: TokenStream or None; val: (N+1,) int64; corpus: facts for the log.
 Data = collections.namedtuple("Data", "tokenizer table train val corpus")
 
@@ -498,20 +465,18 @@ def load_data(cfg: Config, run: Run) -> Data:
     """Find or make the corpus, check it, and read the validation stream, cut to VAL_TOKENS."""
     folder, model, corpus = cfg.data_path, cfg.tokenizer_path, dict(source=cfg.data_path)
     nothing_given = folder == Config.data_path and not find_shards(folder, "val")
-    if Path(__file__).with_name("tools").exists() and (
-            cfg.text_files or (cfg.scale == "demo" and nothing_given)):
-        sys.modules.setdefault("train_gpt", sys.modules[__name__])  # which may be __main__
-        from tools.prepare_text import prepare_text  # no part of a run on shards
-        folder = str(run.agree(lambda: prepare_text(cfg, run)))
+    if cfg.text_files or (cfg.scale == "demo" and nothing_given and tool("prepare_text")):
+        text = tool("prepare_text", needed=True)
+        folder = str(run.agree(lambda: text.prepare_text(cfg, run)))
         model = os.path.join(folder, "tokenizer.model")
         corpus = json.loads(Path(folder, "corpus.json").read_text())
     paths = {split: find_shards(folder, split) for split in ("train", "val")}
-    missing = [s for s in paths if not paths[s] and (s == "val" or not cfg.given)]
+    missing = [s for s in paths if not paths[s] and (s == "val" or not cfg.load_artifact)]
     if missing:
         raise RunError(f"DATA_PATH={folder}: no *_{missing[0]}_*.bin shards there. Get the public "
                        f"ones: {FETCH}; or, with tools/ here, set TEXT_FILES='your/text/*.txt'")
     tokenizer, own = load_tokenizer(model, cfg.vocab_size), (cfg.vocab_size, run.rank, run.world)
-    train = None if cfg.given else TokenStream(paths["train"], *own)
+    train = None if cfg.load_artifact else TokenStream(paths["train"], *own)
     if train and len(train) <= cfg.train_batch_tokens:
         raise RunError(f"{folder}: {len(train)} training tokens, a step needs "
                        f"{cfg.train_batch_tokens + 1}; lower TRAIN_BATCH_TOKENS or give more text")
@@ -555,10 +520,9 @@ def choose_attention(cfg: Config, device: torch.device):
     if cfg.attention not in ("auto", "sdpa"):
         raise RunError(f"ATTENTION={cfg.attention}: not installed or not for this device; use auto")
     if device.type != "cuda": return "sdpa", sdpa_attention
-    from torch.nn.attention import SDPBackend as B
+    order = "CUDNN_ATTENTION FLASH_ATTENTION EFFICIENT_ATTENTION MATH".split()
     torch.backends.cuda.enable_cudnn_sdp(True)  # up to twice FlashAttention 2's speed on Hopper
-    torch._C._set_sdp_priority_order([int(b) for b in (
-        B.CUDNN_ATTENTION, B.FLASH_ATTENTION, B.EFFICIENT_ATTENTION, B.MATH)])
+    torch._C._set_sdp_priority_order([int(getattr(nn.attention.SDPBackend, b)) for b in order])
     return "sdpa(cuDNN,flash)", sdpa_attention
 
 def norm(x: Tensor) -> Tensor:
@@ -584,6 +548,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, attention, compute_dtype=torch.float32):
         super().__init__()
         self.cfg, self.attention, self.compute_dtype = cfg, attention, compute_dtype
+        self.grams = None  # while calibrating: {(name, i): sum of xᵀx of the matrix's inputs x}
         L, C, V = cfg.num_layers, cfg.model_dim, cfg.vocab_size
         self.ln_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(L)]
         kv_dim, hidden = C // cfg.num_heads * cfg.num_kv_heads, round(cfg.mlp_mult * C)
@@ -619,13 +584,15 @@ class GPT(nn.Module):
                     p[i] = nn.init.orthogonal_(torch.empty(p[i].shape), generator=generator)
         self.resid_mix[:, 0] = 1.0
         return self
-    def weights(self, qat: bool) -> dict[str, Tensor]:
-        """Parameters as the forward pass uses them: fake-quantized if `qat`, in compute_dtype."""
-        named = dict(self.named_parameters())
-        if qat:
-            named = {n: fake_quantize(p, code_limit(n, self.cfg)) if n in BANKS + EMBEDDINGS else p
-                     for n, p in named.items()}
-        return {n: p.to(self.compute_dtype) for n, p in named.items()}
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters as the forward pass uses them, in compute_dtype."""
+        return {n: p.to(self.compute_dtype) for n, p in self.named_parameters()}
+    def linear(self, x: Tensor, w: dict[str, Tensor], name: str, i: int = 0) -> Tensor:
+        """x (...,cols) times matrix i of a bank, or an embedding, transposed."""
+        if self.grams is not None:
+            seen = x.detach().flatten(0, -2).float()
+            self.grams[name, i] = self.grams.get((name, i), 0.0) + seen.mT @ seen
+        return F.linear(x, w[name].view(-1, *w[name].shape[-2:])[i])
     def embed(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """x0 (B,T,C): token and bigram embedding, RMSNorm, smear gate."""
         x = F.embedding(tokens, w["tok_emb"])
@@ -633,20 +600,20 @@ class GPT(nn.Module):
             first, second = BIGRAM_PRIMES
             index = (first * tokens[:, 1:] ^ second * tokens[:, :-1]) % (len(w["bigram_emb"]) - 1)
             index = F.pad(index, (1, 0), value=len(w["bigram_emb"]) - 1)
-            bigram = F.linear(F.embedding(index, w["bigram_emb"]), w["bigram_proj"][0])
+            bigram = self.linear(F.embedding(index, w["bigram_emb"]), w, "bigram_proj")
             x = x + w["bigram_scale"] * bigram
         x = norm(x)
         return torch.lerp(x, F.pad(x, (0, 0, 1, -1)), w["smear_gate"].sigmoid())
     def trunk(self, w: dict[str, Tensor], tokens: Tensor, last: int) -> Tensor:
-        """Normed final states (B,last,C) of the last positions of tokens (B,T). The only walk over
-        the blocks. In the last block only keys and values see all T positions."""
+        """Normed final states (B,last,C) of the last positions of tokens (B,T); of the last block
+        only keys and values see all T."""
         cfg, T = self.cfg, tokens.size(1)
         x = x0 = self.embed(w, tokens)
         tables = rope_tables(T, cfg.rope_base, cfg.rope_dims, tokens.device)
         value_embedding, first_values, skips = None, None, []
         if self.value_layers:
-            value_embedding = w["value_scale"] * F.linear(F.embedding(tokens, w["value_emb"]),
-                                                          w["value_proj"][0])
+            value_embedding = w["value_scale"] * self.linear(
+                F.embedding(tokens, w["value_emb"]), w, "value_proj")
         half = cfg.num_layers // 2
         for i in range(cfg.num_layers):
             if skips and i >= half:  # with an odd number of blocks the last one has no skip
@@ -656,9 +623,9 @@ class GPT(nn.Module):
                                     last if i == cfg.num_layers - 1 else T)
             first_values = values if first_values is None else first_values
             x = torch.addcmul(x[:, -y.size(1):], w["attn_scale"][i], y)
-            hidden = F.linear(norm(x) * self.ln_scales[i], w["mlp_up_bank"][i])
+            hidden = self.linear(norm(x) * self.ln_scales[i], w, "mlp_up_bank", i)
             hidden = F.leaky_relu(hidden, cfg.relu_slope).square()
-            x = torch.addcmul(x, w["mlp_scale"][i], F.linear(hidden, w["mlp_down_bank"][i]))
+            x = torch.addcmul(x, w["mlp_scale"][i], self.linear(hidden, w, "mlp_down_bank", i))
             skips += [x] if i < half else []
         return norm(x)
     def attend(self, w, i: int, x: Tensor, tables, value_embedding, first_values, last: int):
@@ -667,9 +634,9 @@ class GPT(nn.Module):
         D = C // cfg.num_heads
         cos, sin = (t.to(x.dtype) for t in tables)
         h = norm(x) * self.ln_scales[i]
-        q = F.linear(h[:, T - last:], w["qo_bank"][i]).view(B, last, cfg.num_heads, D)
-        k = F.linear(h, w["kv_bank"][i]).view(B, T, cfg.num_kv_heads, D)
-        raw = v = F.linear(h, w["kv_bank"][L + i])
+        q = self.linear(h[:, T - last:], w, "qo_bank", i).view(B, last, cfg.num_heads, D)
+        k = self.linear(h, w, "kv_bank", i).view(B, T, cfg.num_kv_heads, D)
+        raw = v = self.linear(h, w, "kv_bank", L + i)
         if i in self.value_layers:
             v = v + w["value_layer_scale"][self.value_layers[i]] * value_embedding
         if cfg.value_residual and first_values is not None:
@@ -678,28 +645,32 @@ class GPT(nn.Module):
         q = rotate(norm(q), cos[T - last:], sin[T - last:]) * w["q_gain"][i][:, None]
         y = self.attention(q, rotate(norm(k), cos, sin), v, causal=True)
         if i >= L - cfg.xsa_last_n: y = exclude_own_value(y, v[:, T - last:])
-        return F.linear(y.reshape(B, last, C), w["qo_bank"][L + i]), raw
-    def softcap(self, logits: Tensor) -> Tensor:
-        """float32 logits within ±logit_softcap."""
-        return self.cfg.logit_softcap * torch.tanh(logits.float() / self.cfg.logit_softcap)
+        return self.linear(y.reshape(B, last, C), w, "qo_bank", L + i), raw
+    def softcapped(self, x: Tensor, w, name: str = "tok_emb", i: int = 0) -> Tensor:
+        """float32 logits of states x, within ±logit_softcap."""
+        logits = self.linear(x, w, name, i).float()
+        return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
     def logits(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """Logits (B,last,V) float32 of the last positions (default: all) of tokens (B,T) int64."""
-        w = self.weights(False)
-        x = self.trunk(w, tokens, last or tokens.size(1))
-        return self.softcap(F.linear(x, w["tok_emb"]))
-    def forward(self, tokens: Tensor, targets: Tensor, qat: bool = False) -> tuple[Tensor, Tensor]:
+        w = self.weights()
+        return self.softcapped(self.trunk(w, tokens, last or tokens.size(1)), w)
+    @torch.no_grad()
+    def scores(self, tokens: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
+        """score_logits of windows of tokens (B,T) at the targets and hints (B,last)."""
+        return score_logits(self.logits(tokens, targets.size(1)), targets, hints)
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(loss to minimize, cross-entropy in nats per token) for tokens and targets (B,T)."""
-        w = self.weights(qat)
+        w = self.weights()
         x = self.trunk(w, tokens, tokens.size(1))
-        loss = main = self.cross_entropy(x, w["tok_emb"], targets)
+        loss = main = self.cross_entropy(x, w, targets)
         if "mtp_heads" in w:  # head k predicts the token k + 2 places after its position
-            extra = [self.cross_entropy(x[:, :-k - 1], w["mtp_heads"][k], targets[:, k + 1:])
+            extra = [self.cross_entropy(x[:, :-k - 1], w, targets[:, k + 1:], "mtp_heads", k)
                      for k in range(self.cfg.mtp_num_heads)]
             loss = loss + self.cfg.mtp_loss_weight * torch.stack(extra).mean()
         return loss, main.detach()
-    def cross_entropy(self, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the softcapped logits x @ headᵀ."""
-        return F.cross_entropy(self.softcap(F.linear(x, head)).flatten(0, 1), targets.flatten())
+    def cross_entropy(self, x: Tensor, w, targets: Tensor, *head) -> Tensor:
+        """Mean cross-entropy in nats of states x by a head: its name in w and number."""
+        return F.cross_entropy(self.softcapped(x, w, *head).flatten(0, 1), targets.flatten())
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Exclusive self-attention: y (B,T,H,D) less its projection on its position's v (B,T,Hkv,D)."""
@@ -749,7 +720,7 @@ def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[
     banks, by_lr = [], collections.defaultdict(list)
     for name, p in model.named_parameters():
         (banks if name in BANKS else by_lr[lrs.get(name, cfg.scalar_lr)]).append(p)
-    groups = [dict(params=params, lr=lr, base_lr=lr) for lr, params in by_lr.items()]
+    groups = [dict(params=params, lr=0.0, base_lr=lr) for lr, params in by_lr.items()]
     owned = [id(p) for p in banks + [p for g in groups for p in g["params"]]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     return sorted(banks, key=lambda p: -p.numel()), groups
@@ -796,8 +767,8 @@ MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's step
 DEFAULT_HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 class WeightAverage:
-    """Average of the weights, which is exported: mass <- decay*mass + 1; average += (weights -
-    average)/mass. Decay 1 is the mean of the samples (SWA), below 1 a bias-corrected EMA."""
+    """Exported average: mass <- decay*mass + 1; average += (weights - average)/mass. Decay 1 is the
+    mean of the samples (SWA), below 1 a bias-corrected EMA."""
     def __init__(self, model: GPT, cfg: Config):
         self.cfg, self.mass, self.samples = cfg, 0.0, 0
         self.params = [p.data for p in model.parameters()]
@@ -815,50 +786,55 @@ class WeightAverage:
             torch._foreach_lerp_(self.average, self.params, 1 / self.mass)
 
 class Trainer:
-    """Training under a wall-clock cap; the clock counts steps only. SIGTERM or Ctrl-C finishes the
-    step and goes on to export; a second one exits."""
+    """Training under a cap on the time of its steps; SIGTERM or Ctrl-C ends it after the step."""
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.model, self.data, self.cfg, self.run = model, data, cfg, run
         self.loader, self.forward = TrainLoader(data.train, cfg, run), compiled(model, cfg, run)
         self.elapsed, self.steps, self.last_loss, self.stopping = 0.0, 0, math.nan, False
-        self.recent: collections.deque = collections.deque(maxlen=20)  # step times in seconds
+        self.now, self.recompiles = 0.0, 0  # progress at the last step; graphs compiled since
+        self.recent = collections.deque(maxlen=20)  # step times in seconds
         self.micro = micro_batch_tokens(cfg, run.world) // cfg.train_seq_len  # sequences
+        self.cap = cfg.max_wallclock_seconds - calibration_seconds(cfg)  # seconds; 0: none
     def lr_scale(self, progress: float) -> float:
         """1, then linear to 0 over the warmdown; `progress` of the run in [0, 1]."""
         warmdown = min(1.0, self.cfg.warmdown_iters / self.cfg.schedule_steps)
         return min(1.0, (1 - progress) / warmdown) if warmdown else 1.0
     def momentum(self, progress: float) -> float:
         """Muon's momentum, warmed up linearly."""
-        cfg, steps = self.cfg, progress * self.cfg.schedule_steps
-        part = min(1.0, steps / max(1, cfg.muon_momentum_warmup_steps))
+        cfg = self.cfg
+        part = min(1.0, progress * cfg.schedule_steps / max(1, cfg.muon_momentum_warmup_steps))
         return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
-    def qat(self, progress: float) -> bool:
-        """Whether the forward pass is fake-quantized."""
-        return self.cfg.qat_enabled or self.lr_scale(progress) < self.cfg.late_qat_threshold
     def progress(self) -> float:
         """Part of the run that is done, by time if there is a cap, else by steps."""
-        cap, by_steps = self.cfg.max_wallclock_seconds, self.steps / max(1, self.cfg.iterations)
-        return max(by_steps, min(1.0, self.elapsed / cap)) if cap else by_steps
-    def gradients(self, qat: bool) -> Tensor:
+        by_steps = self.steps / max(1, self.cfg.iterations)
+        return max(by_steps, min(1.0, self.elapsed / self.cap)) if self.cap else by_steps
+    def gradients(self) -> Tensor:
         """Accumulate this rank's gradient of the next batch; its mean loss () in nats per token."""
         batches = list(zip(*(x.split(self.micro) for x in self.loader.next_batch())))
         total = torch.zeros((), device=self.run.device)
         for tokens, wanted in batches:
-            loss, nats = self.forward(tokens, wanted, qat)
+            loss, nats = self.forward(tokens, wanted)
             (loss / len(batches)).backward()
             total += nats / len(batches)
         return total
     def warm_up(self) -> None:
-        """Compile and run steps, also with QAT if it will come; nothing remains of them."""
+        """Compile and run steps; nothing remains but a micro-batch that fits into memory."""
         started, saved = self.run.sync(), [p.detach().clone() for p in self.model.parameters()]
-        kinds, position = sorted({self.qat(0.0), self.qat(1.0)}), self.loader.position
-        optimizer = Optimizer(self.model, self.cfg, self.run)
-        for step in range(self.cfg.warmup_steps):
-            self.gradients(kinds[step % len(kinds)])
+        optimizer, position = Optimizer(self.model, self.cfg, self.run), self.loader.position
+        steps, length = self.cfg.warmup_steps, self.cfg.train_seq_len
+        while steps:
+            try: self.gradients()
+            except torch.OutOfMemoryError:
+                if self.micro == 1 or self.cfg.micro_batch_tokens: raise
+                smaller = replace(self.cfg, micro_batch_tokens=self.micro // 2 * length)
+                self.micro = micro_batch_tokens(smaller, self.run.world) // length
+                continue
             optimizer.step(1.0, self.cfg.muon_momentum)
+            steps -= 1
         with torch.no_grad(): torch._foreach_copy_(list(self.model.parameters()), saved)
         self.loader.position = position
-        self.run.row("warmup", steps=self.cfg.warmup_steps, seconds=self.run.sync() - started)
+        self.run.row("warmup", steps=self.cfg.warmup_steps, seconds=self.run.sync() - started,
+                     micro_batch_tokens=self.micro * length)
     def request_stop(self, number: int, _frame) -> None:
         """Signal handler: stop after this step; the next signal acts as it does by default."""
         self.stopping = True
@@ -868,30 +844,35 @@ class Trainer:
         self.elapsed, slowest, stopping = self.run.over_ranks(
             dist.ReduceOp.MAX, self.elapsed, max(self.recent, default=0.0), float(self.stopping))
         if stopping: self.run.log(f"stop requested: training ends after {self.steps} steps")
-        cap = self.cfg.max_wallclock_seconds
-        fits = not cap or self.elapsed + 1.1 * slowest <= cap
+        fits = not self.cap or self.elapsed + 1.1 * slowest <= self.cap
         return bool(fits and self.steps < self.cfg.iterations and not stopping)
     def train(self) -> None:
         """The loop; leaves the averaged weights in the model."""
         self.warm_up()
         for number in DEFAULT_HANDLERS: signal.signal(number, self.request_stop)
-        average = WeightAverage(self.model, self.cfg)
-        optimizer, now = Optimizer(self.model, self.cfg, self.run), 0.0
+        self.average = average = WeightAverage(self.model, self.cfg)
+        self.optimizer = optimizer = Optimizer(self.model, self.cfg, self.run)
+        checkpoint, made = None, importlib.import_module("torch._dynamo.utils").counters["stats"]
+        if self.cfg.resume or self.cfg.checkpoint_seconds:
+            checkpoint = tool("checkpoint", needed=True).Checkpoint(self)
         while self.may_continue():  # ranks agree on the time here, and so on `now`
-            before, now, started = now, self.progress(), self.run.sync()
-            loss = self.gradients(self.qat(now))
+            if checkpoint: checkpoint.save_if_due()
+            before, self.now = self.now, (now := self.progress())
+            started, graphs = self.run.sync(), made["unique_graphs"]
+            loss = self.gradients()
             optimizer.step(self.lr_scale(now), self.momentum(now))
             average.update(before, now, self.lr_scale(now))
             self.steps += 1
             self.recent.append(self.run.sync() - started)
             self.elapsed += self.recent[-1]
+            self.recompiles += made["unique_graphs"] - graphs
             self.report(before, now, loss.item())
         for number, handler in DEFAULT_HANDLERS.items(): signal.signal(number, handler)
         if average.samples: torch._foreach_copy_(average.params, average.average)
         self.run.row("trained", steps=self.steps, train_seconds=round(self.elapsed, 3),
                      tokens=self.steps * self.cfg.train_batch_tokens, averaged=self.cfg.averaging,
                      averaged_samples=average.samples, averaged_steps=round(average.mass, 1),
-                     peak_memory_bytes=self.run.peak_memory_bytes())
+                     recompiles=self.recompiles, peak_memory_bytes=self.run.peak_memory_bytes())
     def report(self, before: float, now: float, loss: float) -> None:
         """Log and validate where due between two times of progress; RunError if the loss is NaN."""
         cfg, (loss,) = self.cfg, self.run.over_ranks(dist.ReduceOp.AVG, loss)
@@ -903,8 +884,8 @@ class Trainer:
         due = [bool(n) and steps[0] // n != steps[1] // n
                for n in (cfg.train_log_every, cfg.val_loss_every)]
         if due[0] or self.steps == 1:
-            seconds, scale, qat = self.elapsed / self.steps, self.lr_scale(now), int(self.qat(now))
-            self.log_step("train", train_loss=loss, lr_scale=scale, qat=qat,
+            seconds = self.elapsed / self.steps
+            self.log_step("train", train_loss=loss, lr_scale=self.lr_scale(now),
                           tokens_per_second=round(cfg.train_batch_tokens / seconds),
                           step_avg=f"{1000 * seconds:.2f}ms")
         if due[1]: self.validate()
@@ -918,8 +899,7 @@ class Trainer:
         self.run.record[kind][-1]["step"] = self.steps
 
 def micro_batch_tokens(cfg: Config, world: int) -> int:
-    """Tokens of one forward pass on one rank: the largest equal parts of its share that are no more
-    than MICRO_BATCH_TOKENS. RunError if the step cannot be divided among the ranks."""
+    """Tokens of a rank's forward pass: the largest equal parts of its share within the limit."""
     sequences, rest = divmod(cfg.train_batch_tokens // cfg.train_seq_len, world)
     if rest or not sequences:
         raise RunError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: its sequences of "
@@ -948,68 +928,132 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
     return model.to(run.device)
 
 # ---- Quantization and artifact -------------------------------------------------------------------
-# Matrices and embeddings are stored as a float16 step per row and integer codes -q...q, q =
-# 2^(bits-1) - 1, the rest as float16. A row's clip is the one of CLIP_QUANTILES of |w| with the
-# least squared error. "ans" codes each number by a Gaussian as wide as its row and its column are
-# (asymmetric numeral systems, Duda 2009); "zstd" and "lzma" compress one byte a code. File: magic,
-# version, header size, SHA-256 of the rest, JSON header, a compressed section (steps, float16
-# values, then codes or ANS side information), ANS words.
-
-CLIP_QUANTILES = 0.999, 0.9995, 0.9999, 1.0  # after #889's per-row search
-CLIP_FLOORS, CLIP_TRIALS = (1e-3, 1e3), 20  # range of the least clip, and most trials of it
-MAGIC, VERSION = b"GOLFINT6", 1
+# Matrices and embeddings are stored as int8 codes, a step for each row and one for each column: a
+# cell is code * 2^((row + col) / 4). The rest is float16. An entropy coder charges for what codes
+# tell, not for their width: bytes follow from the steps, and at equal bytes the loss is least where
+# an error costs the same everywhere, step^2 * E[gradient^2] (high-rate theory; the mean square
+# stands for the curvature): rows and columns take its fourth root each, and one multiple of all
+# fills the budget. GPTQ (Frantar et al. 2022) rounds column by column and moves each error into the
+# columns to come, along the inputs' correlations. "ans" codes a number by a Gaussian as wide as its
+# row and column are (asymmetric numeral systems, Duda 2009), "zstd" and "lzma" a byte a code. File:
+# magic, version, header size, SHA-256 of the rest, JSON header, compressed section, ANS words.
+PER_OCTAVE = 4  # steps and spreads are quarters of an octave apart
+FINEST, EXPORT_TRIALS = -64.0, 12  # log2 of the first multiple of all steps; trials of others
+CALIBRATION_SEQUENCES, DAMPING = 64, 0.01  # most of a rank; GPTQ's, of the mean diagonal
+MAGIC, VERSION = b"GOLFINT6", 2
 PREFIX = struct.Struct("<8sHI32s")
-PER_OCTAVE = 4  # steps of the spreads of rows and columns
-HALF_MIN, HALF_MAX = 6.104e-05, 65504.0  # float16's normal range
+HALF_MAX = 65504.0  # float16's largest number
+# What errors in a tensor cost: E[gradient^2] of its rows (M,rows) and its columns (M,cols), up to a
+# factor, and GPTQ's upper triangular matrices (M,cols,cols) or None.
+Sensitivity = collections.namedtuple("Sensitivity", "row col factor")
 
 def code_limit(name: str, cfg: Config) -> int:
-    """Largest code q of a tensor: 31 for 6 bits, 15 for 5, 127 for 8; 0: kept as float16."""
+    """Largest code q: 31 for 6 bits, 127 for 8 and for "ans", whose bits are averages; 0: none."""
     if name not in BANKS + EMBEDDINGS: return 0
-    return 2 ** ((cfg.embed_bits if name in EMBEDDINGS else cfg.matrix_bits) - 1) - 1
+    bits = cfg.embed_bits if name in EMBEDDINGS else cfg.matrix_bits
+    return 2 ** ((8 if cfg.compressor == "ans" else bits) - 1) - 1
 
-def row_steps(w: Tensor, limit: int, floor: float = 0.0) -> Tensor:
-    """Float16 step (...,1) of each row of w (...,cols): its best clip, at least floor, / limit."""
-    places = sorted({math.ceil(q * (w.size(-1) - 1)) for q in CLIP_QUANTILES})
-    largest, steps, errors = w.abs().topk(w.size(-1) - places[0], dim=-1).values, [], []
-    for place in places:
-        clip = largest[..., w.size(-1) - 1 - place, None].clamp(min=floor)
-        steps.append((clip / limit).clamp(HALF_MIN, HALF_MAX).half().float())
-        error = w - round_codes(w, steps[-1], limit) * steps[-1]
-        errors.append(error.square().sum(-1, keepdim=True))
-    return torch.cat(steps, -1).gather(-1, torch.cat(errors, -1).argmin(-1, keepdim=True))
+def matrices(w: Tensor) -> Tensor:
+    """(M,rows,cols): a bank as it is, an embedding as a bank of one."""
+    return w.view(-1, *w.shape[-2:])
 
-def round_codes(w: Tensor, step: Tensor, limit: int) -> Tensor:
-    """Integer-valued codes within +-limit, shaped like w."""
-    return (w / step).round().clamp(-limit, limit)
+def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensitivity]:
+    """By name, from training sequences of every rank, as many as half of GPTQ_SECONDS allows."""
+    if not cfg.gptq_seconds: return {}
+    started, loader, used = run.sync(), TrainLoader(data.train, cfg, run), 0
+    params, w = {n: p for n, p in model.named_parameters() if code_limit(n, cfg)}, model.weights()
+    sums = {n: [torch.zeros_like(matrices(p.data).sum(d)) for d in (2, 1)]
+            for n, p in params.items()}
+    model.grams, limit = {}, calibration_seconds(cfg) / 2 or math.inf
+    batches = (pair for _ in itertools.repeat(0)
+               for pair in zip(*(part.split(1) for part in loader.next_batch())))
+    for x, y in itertools.islice(batches, CALIBRATION_SEQUENCES):
+        if used and run.sync() - started >= limit: break
+        model.cross_entropy(model.trunk(w, x, x.size(1)), w, y).backward()
+        used += 1
+        for name, p in params.items():
+            square = (2.0**20 * matrices(p.grad)).square()  # scaled: no denormal numbers
+            for total, d in zip(sums[name], (2, 1)): total += square.mean(d)
+        for p in model.parameters(): p.grad = None
+    for total in [*itertools.chain(*sums.values()), *model.grams.values()]: dist.all_reduce(total)
+    grams, model.grams, senses = model.grams, None, {}
+    for n, p in params.items():
+        own = [grams[n, i] for i in range(len(matrices(p))) if (n, i) in grams]
+        senses[n] = Sensitivity(*sums[n], gptq_factor(torch.stack(own)) if own else None)
+    run.row("calibration", sequences=int(run.over_ranks(dist.ReduceOp.SUM, used)[0]),
+            seconds=run.sync() - started)
+    return senses
 
-def fake_quantize(w: Tensor, limit: int) -> Tensor:
-    """w as the artifact will store it; gradients pass straight through (STE)."""
-    with torch.no_grad():
-        step = row_steps(w, limit)
-        error = round_codes(w, step, limit) * step - w
-    return w + error
+def calibration_seconds(cfg: Config) -> float:
+    """Part of the cap on training time that calibration may take; 0 without a cap."""
+    return min(cfg.gptq_seconds, cfg.max_wallclock_seconds / 10)
+
+def gptq_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped gram (M,cols,cols)."""
+    gram = gram.double()
+    damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
+    gram = gram + damping[:, None, None] * torch.eye(gram.size(-1), device=gram.device)
+    return torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).float()
+
+def step_logs(w: Tensor, limit: int, sense: Sensitivity | None = None,
+              log_step: float = FINEST) -> Tensor:
+    """(M,rows+cols) int8: logarithms, in 1/PER_OCTAVE octaves, of the steps of rows and columns of
+    w (M,rows,cols): 2^log_step by the sensitivities, unless a row's largest value needs more."""
+    row, col = w.new_zeros(w.shape[:2]), w.new_zeros(len(w), w.size(2))
+    if sense:  # the floor stands for what the sample has not shown, such as a rare token's row
+        row, col = (-0.25 * s.clamp(min=1e-5 * float(s.mean()) + 1e-30).log2() for s in sense[:2])
+    middle = col.mean(1, keepdim=True)
+    col = (PER_OCTAVE * (col - middle)).round().clamp(-127, 127)
+    finest = (w.abs() * torch.exp2(-col / PER_OCTAVE)[:, None]).amax(2) / limit
+    phase = torch.arange(w.size(1), device=w.device) * 0.618034 % 1  # rows switch one by one
+    row = (PER_OCTAVE * (row + middle + log_step) + phase).floor()
+    row = row.maximum((PER_OCTAVE * finest.log2()).ceil()).clamp(-127, 127)
+    return torch.cat([row, col], 1).to(torch.int8)
+
+def cell_steps(logs: Tensor, rows: int) -> Tensor:
+    """float32 (M,rows,cols) steps from their logarithms (M,rows+cols)."""
+    row, col = logs.double().tensor_split([rows], 1)
+    return torch.exp2((row[:, :, None] + col[:, None]) / PER_OCTAVE).float()
+
+def round_codes(w: Tensor, step: Tensor, limit: int, factor: Tensor | None = None) -> Tensor:
+    """Integer-valued codes within +-limit of w (M,rows,cols); by GPTQ if there is a factor."""
+    if factor is None: return (w / step).round().clamp(-limit, limit)
+    w, codes, block = w.clone(), torch.empty_like(w), 64
+    for a in range(0, w.size(2), block):
+        b = min(a + block, w.size(2))
+        errors = torch.empty_like(w[:, :, a:b])
+        for j in range(a, b):
+            codes[:, :, j] = (w[:, :, j] / step[:, :, j]).round().clamp(-limit, limit)
+            error = (w[:, :, j] - codes[:, :, j] * step[:, :, j]) / factor[:, j, j, None]
+            w[:, :, j:b] -= error[:, :, None] * factor[:, None, j, j:b]
+            errors[:, :, j - a] = error
+        w[:, :, b:] -= errors @ factor[:, a:b, b:]
+    return codes
 
 class Stored(collections.namedtuple("Stored", "shape limit steps codes")):
-    """float16 steps (rows,) and int8 codes (rows,cols); if limit is 0, values in `steps`."""
+    """Arrays: int8 step_logs and codes (M,rows,cols); if limit is 0, float16 values in `steps`."""
     def tensor(self) -> Tensor:
         """float32, of `shape`."""
         steps = torch.from_numpy(self.steps.astype(np.float32))
-        codes = torch.from_numpy(self.codes.astype(np.float32)) if self.limit else torch.ones(1)
-        return (codes * (steps[:, None] if self.limit else steps)).view(self.shape)
+        if self.limit:
+            codes = torch.from_numpy(self.codes.astype(np.float32))
+            steps = codes * cell_steps(steps, codes.size(1))
+        return steps.view(self.shape)
 
-def quantize(weights: dict[str, Tensor], cfg: Config, floor: float = 0.0) -> dict[str, Stored]:
+def quantize(weights: dict[str, Tensor], cfg: Config, senses: dict | None = None,
+             log_step: float = FINEST) -> dict[str, Stored]:
     """Every exported tensor (MTP heads stay behind), by name; RunError on NaN or infinity."""
     out = {}
     for name in sorted(weights.keys() - set(TRAINING_ONLY)):
-        w, limit = weights[name].detach().float().cpu(), code_limit(name, cfg)
+        w, limit, codes = weights[name].detach().float(), code_limit(name, cfg), None
         if not torch.isfinite(w).all():
             raise RunError(f"weights: {name} has NaN or infinite values; nothing can be exported")
-        steps, codes = w.clamp(-HALF_MAX, HALF_MAX), None
+        steps, sense = w.clamp(-HALF_MAX, HALF_MAX).half(), (senses or {}).get(name)
         if limit:
-            w = w.view(-1, w.size(-1))
-            steps = row_steps(w, limit, floor)
-            codes = round_codes(w, steps, limit).to(torch.int8).numpy()
-        out[name] = Stored(tuple(weights[name].shape), limit, steps.flatten().half().numpy(), codes)
+            steps = step_logs(cube := matrices(w), limit, sense, log_step)
+            codes = round_codes(cube, cell_steps(steps, cube.size(1)), limit,
+                                sense.factor if sense else None).to(torch.int8).cpu().numpy()
+        out[name] = Stored(tuple(w.shape), limit, steps.cpu().numpy(), codes)
     return out
 
 def compress(data: bytes, method: str) -> bytes:
@@ -1027,8 +1071,8 @@ def decompress(data: bytes, method: str, size: int) -> bytes:
     return plain
 
 def spreads(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 (M,rows,1) and (M,1,cols) for codes (M,rows,cols): the logarithms, in 1/PER_OCTAVE
-    octaves, of factors of which a code's root mean square is about the product."""
+    """int8 (M,rows,1) and (M,1,cols) for codes (M,rows,cols): logarithms, in 1/PER_OCTAVE octaves;
+    a code's root mean square is about the product."""
     square, row = codes.astype(np.float32) ** 2, np.float32(1)
     for _ in range(3):  # alternating means settle at once
         col = (square / row).mean(1, keepdims=True) + 1e-3
@@ -1076,13 +1120,13 @@ def pack(tensors: dict[str, Stored], cfg: Config, vocabulary: str) -> bytes:
     if cfg.compressor == "auto":
         return min((pack(tensors, replace(cfg, compressor=c), vocabulary)
                     for c in ("ans", "zstd", "lzma")), key=len)
-    coded = [t for t in tensors.values() if t.limit]
-    plain, words = b"".join(t.steps.astype("<f2").tobytes() for t in tensors.values()), b""
+    coded = [t.codes for t in tensors.values() if t.limit]
+    plain, words = b"".join(t.steps.tobytes() for t in tensors.values()), b""
     if cfg.compressor == "ans":
-        side, words = ans_encode([t.codes.reshape(-1, *t.shape[-2:]) for t in coded])
+        side, words = ans_encode(coded)
         section = compress(plain + side, "lzma")
     else:  # one byte a code: packing bits before a dictionary coder costs 12 % (#1649)
-        section = compress(plain + b"".join(t.codes.tobytes() for t in coded), cfg.compressor)
+        section = compress(plain + b"".join(c.tobytes() for c in coded), cfg.compressor)
     header = json.dumps(dict(
         architecture={name: getattr(cfg, name) for name in ARCHITECTURE}, vocabulary=vocabulary,
         compressor=cfg.compressor, tensors=tensor_table(cfg), section_bytes=len(section)),
@@ -1090,65 +1134,69 @@ def pack(tensors: dict[str, Stored], cfg: Config, vocabulary: str) -> bytes:
     digest = hashlib.sha256(header + section + words).digest()
     return PREFIX.pack(MAGIC, VERSION, len(header), digest) + header + section + words
 
-def read_header(blob: bytes, cfg: Config) -> tuple[dict, bytes, Config]:
-    """(header, payload, cfg with the artifact's architecture), each checked; RunError if wrong."""
+def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str, Stored]]:
+    """(cfg with the artifact's architecture, its tensors by name); RunError for any other file.
+    Executes nothing, and allocates no more than the network's own shapes need."""
     magic, version, size, digest = PREFIX.unpack_from(blob.ljust(PREFIX.size, b"\0"))
-    body = blob[PREFIX.size:]
+    body, payload = blob[PREFIX.size:], blob[PREFIX.size + size:]
     if (magic, version) != (MAGIC, VERSION):
         raise RunError(f"artifact: not one of ours, or format version {version}, not {VERSION}")
     if size > len(body) or hashlib.sha256(body).digest() != digest:
         raise RunError("artifact: truncated or damaged (its SHA-256 does not match)")
     try:
         header = json.loads(body[:size])
-        cfg = replace(cfg, **{name: parse_value(name, str(header["architecture"][name]).strip("[]"))
-                              for name in ARCHITECTURE})
+        cfg = replace(cfg, compressor=header["compressor"], **{
+            name: parse_value(name, str(header["architecture"][name]).strip("[]"))
+            for name in ARCHITECTURE})
         check_config(cfg)
-        assert header["tensors"] == tensor_table(cfg) and header["vocabulary"]
-        assert header["compressor"] in ("ans", "zstd", "lzma")
-        assert type(section := header["section_bytes"]) is int and 0 <= section <= len(body) - size
+        assert cfg.compressor in ("ans", "zstd", "lzma") and header["vocabulary"]
+        assert header["tensors"] == tensor_table(cfg)
+        assert type(section := header["section_bytes"]) is int and 0 <= section <= len(payload)
     except (ValueError, KeyError, TypeError, AssertionError, RunError, RuntimeError, OverflowError):
         raise RunError("artifact: its header describes none of this program's networks") from None
-    return header, body[size:], cfg
-
-def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str, Stored]]:
-    """(cfg with the artifact's architecture, its tensors by name); RunError for any other file.
-    Executes nothing, and allocates no more than the network's own shapes need."""
-    header, payload, cfg = read_header(blob, cfg)
     if header["vocabulary"] != vocabulary:
         raise RunError("artifact: made with another vocabulary than this tokenizer's")
-    table, ans = header["tensors"], header["compressor"] == "ans"
-    halves = [math.prod(shape[:-1] if limit else shape) for _, shape, limit in table]
+    table, ans = header["tensors"], cfg.compressor == "ans"
     cubes = [(math.prod(shape[:-2]), *shape[-2:]) for _, shape, limit in table if limit]
-    floats = 2 * sum(halves)
-    most = floats + sum(m * (r + c) if ans else m * r * c for m, r, c in cubes)
-    section, words = payload[:header["section_bytes"]], payload[header["section_bytes"]:]
-    plain = decompress(section, "lzma" if ans else header["compressor"], most)
-    codes = iter(ans_decode(plain[floats:], words, cubes) if ans else np.split(
-        np.frombuffer(plain[floats:], np.int8), np.cumsum([math.prod(c) for c in cubes])[:-1]))
-    steps = np.split(np.frombuffer(plain[:floats], "<f2"), np.cumsum(halves)[:-1])
-    if not all(np.isfinite(s).all() for s in steps):
+    side, cells = sum(m * (r + c) for m, r, c in cubes), [math.prod(cube) for cube in cubes]
+    sizes = [math.prod(shape[:-2]) * sum(shape[-2:]) if limit else 2 * math.prod(shape)
+             for _, shape, limit in table]
+    plain = decompress(payload[:section], "lzma" if ans else cfg.compressor,
+                       sum(sizes) + (side if ans else sum(cells)))
+    *steps, codes = np.split(np.frombuffer(plain, np.int8), np.cumsum(sizes))
+    codes = iter(ans_decode(codes.tobytes(), payload[section:], cubes) if ans else np.split(
+        codes, np.cumsum(cells)[:-1]))
+    tensors = {name: Stored(tuple(shape), limit, own.reshape(-1, sum(shape[-2:])),
+                            next(codes).reshape(-1, *shape[-2:])) if limit
+               else Stored(tuple(shape), 0, own.view("<f2").reshape(shape), None)
+               for (name, shape, limit), own in zip(table, steps)}
+    if not all(t.limit or np.isfinite(t.steps).all() for t in tensors.values()):
         raise RunError("artifact: it holds NaN or infinite numbers")
-    return cfg, {name: Stored(tuple(shape), limit, step,
-                              next(codes).reshape(-1, shape[-1]) if limit else None)
-                 for (name, shape, limit), step in zip(table, steps)}
+    return cfg, tensors
 
-def export(model: GPT, data: Data, cfg: Config, run: Run) -> bytes:
-    """The artifact. If the best clips do not fit the budget, one least clip for all rows rises till
-    exact sizes fit: equal steps are the best use of bits, and an octave of step is a bit a code."""
+def export(model: GPT, senses: dict, data: Data, cfg: Config, run: Run) -> bytes:
+    """The artifact, with the finest steps that fit the budget, and with "ans" the bits a code too:
+    a multiple of the sensitivities' steps, searched on exact sizes."""
     weights = {n: p.detach() for n, p in model.named_parameters() if n not in TRAINING_ONLY}
-    attempt = lambda floor: pack(  # noqa: E731
-        quantize(weights, cfg, floor), cfg, data.corpus["vocabulary_sha256"])
-    budget, floor, blob = cfg.artifact_bytes - code_bytes(), 0.0, attempt(0.0)
-    (low, high), count = CLIP_FLOORS, sum(w.numel() for w in weights.values())
-    middle = math.sqrt(low * high)
-    for _ in range(CLIP_TRIALS if len(blob) > budget else 0):
-        trial = attempt(middle)
-        if len(trial) <= budget or len(trial) < len(blob): blob, floor = trial, middle
+    attempt = lambda log_step: pack(  # noqa: E731
+        quantize(weights, cfg, senses, log_step), cfg, data.corpus["vocabulary_sha256"])
+    cubes = {n: matrices(w).float() for n, w in weights.items() if code_limit(n, cfg)}
+    cells, budget = sum(w.numel() for w in cubes.values()), cfg.artifact_bytes - code_bytes()
+    if cfg.compressor == "ans": budget = min(budget, sum(w.numel() * (
+        cfg.embed_bits if n in EMBEDDINGS else cfg.matrix_bits) for n, w in cubes.items()) // 8)
+    (low, high), found, blob = (FINEST, -FINEST), FINEST, attempt(FINEST)
+    middle = 2.9 - 8 * budget / cells  # a Gaussian's bits: E log2 |w / step| + 2.9
+    for n, w in cubes.items():
+        step = cell_steps(step_logs(0 * w, 1, senses.get(n), 0.0), w.size(1))
+        middle += float((w / step).abs().clamp(min=1e-30).log2().sum()) / cells
+    for _ in range(EXPORT_TRIALS if len(blob) > budget else 0):
+        trial = attempt(middle := middle if low < middle < high else (low + high) / 2)
+        if len(trial) <= budget or len(trial) < len(blob): blob, found = trial, middle
         if 0 <= budget - len(trial) < 5e-4 * budget: break
         low, high = (low, middle) if len(trial) <= budget else (middle, high)
-        middle *= 2 ** min(8.0, 8 * (len(trial) - 0.9998 * budget) / count)
-        middle = middle if low < middle < high else math.sqrt(low * high)
-    run.row("artifact", artifact_bytes=len(blob), code_bytes=code_bytes(), clip_floor=floor,
+        middle += 8 * (len(trial) - 0.9998 * budget) / cells  # an octave is a bit a code
+    count = sum(w.numel() for w in weights.values())
+    run.row("artifact", artifact_bytes=len(blob), code_bytes=code_bytes(), log2_step=found,
             compressor=cfg.compressor, bits_per_parameter=8 * len(blob) / count)
     return blob
 
@@ -1185,23 +1233,19 @@ class Grid:
         rows = self.table[first:first + self.batch] if index else self.table[:1]
         filler = self.table[-1:, [0, 2, 2]].expand(self.batch - len(rows) if index else 0, 3)
         return torch.cat([rows, filler])
-
 # Float64 (N,) each, in nats: log p of the target, entropy, log p(y) and log(1 - p(y)) of hint y.
 NeuralColumns = collections.namedtuple("NeuralColumns", "logp entropy hint_logp hint_log1m")
 
 def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
-    """(...,2+2K) float64 of logits (...,V) float32, targets (...), hints (...,K): log p(target),
-    entropy, and log p(y), log(1 - p(y)) of each hint, 1 - p(y) as a sum over the other tokens: a
-    rounded p(y) near 1 leaves nothing to normalize with."""
+    """(...,4) NeuralColumns of logits (...,V) float32, targets and hints (...). 1 - p(y) is a sum
+    over the other tokens: a rounded p(y) near 1 leaves nothing to normalize with."""
     z = logits - logits.amax(-1, keepdim=True)
-    e, pairs = z.exp(), []
-    for y in hints.flip(-1).unbind(-1):  # the first hint comes last: its total serves the target
-        others = e.scatter(-1, y[..., None], 0.0).sum(-1).double().clamp(min=1e-300)
-        log_total = (others + e.gather(-1, y[..., None]).squeeze(-1).double()).log()
-        hint_logp = z.gather(-1, y[..., None]).squeeze(-1).double() - log_total
-        pairs = [hint_logp, others.log() - log_total, *pairs]
-    logp = z.gather(-1, targets[..., None]).squeeze(-1).double() - log_total
-    return torch.stack([logp, log_total - (e * z).sum(-1).double() / log_total.exp(), *pairs], -1)
+    e, t, y = z.exp(), targets[..., None], hints[..., None]
+    others = e.scatter(-1, y, 0.0).sum(-1).double().clamp(min=1e-300)
+    log_total = (others + e.gather(-1, y).squeeze(-1).double()).log()
+    logp, hint_logp = (z.gather(-1, i).squeeze(-1).double() - log_total for i in (t, y))
+    entropy = log_total - (e * z).sum(-1).double() / log_total.exp()
+    return torch.stack([logp, entropy, hint_logp, others.log() - log_total], -1)
 
 class NeuralPass:
     """The network over a rank's windows; the stream stays on the device as integers."""
@@ -1210,17 +1254,15 @@ class NeuralPass:
         self.tokens = data.val.to(run.device)  # (N+1,) int64
         self.grid = Grid(len(self.tokens) - 1, cfg, stride, run.world)
         (self.start, self.end), self.window = self.grid.spans[run.rank], (None, None)
-    @torch.no_grad()
-    def scores(self, tokens: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
-        """score_logits of windows of tokens (B,T); targets (B,last), hints (B,last,K)."""
-        return score_logits(self.model.logits(tokens, targets.size(1)), targets, hints)
     def columns(self, hints: Tensor | None = None, progress: bool = False) -> Tensor:
-        """score_logits (span,2+2K) of this rank's span; hints (span,K), none where negative."""
+        """score_logits (span,4) of this rank's span; hints (span,), none where negative."""
         device, length = self.run.device, self.end - self.start
-        hints = torch.zeros(length, 1, device=device) if hints is None else hints
-        hints = F.pad(hints.long().clamp(min=0), (0, 0, 0, 1))  # slot `length` is discarded
-        out = torch.zeros(length + 1, 2 + 2 * hints.size(1), dtype=torch.float64, device=device)
-        score = compiled(self.scores, self.cfg, self.run)
+        hints = torch.zeros(length, device=device) if hints is None else hints
+        hints = F.pad(hints.long().clamp(min=0), (0, 1))  # slot `length` is discarded
+        out = torch.zeros(length + 1, 4, dtype=torch.float64, device=device)
+        score, self.byte_total = compiled(self.model.scores, self.cfg, self.run), None
+        if progress and self.run.log_file:
+            self.byte_total = self.data.table.target_bytes(self.data.val).cumsum(0)
         offsets = torch.arange(self.cfg.eval_seq_len, device=device)
         for b in self.grid.batches[self.run.rank]:
             rows = self.grid.rows(b)
@@ -1228,19 +1270,19 @@ class NeuralPass:
             inputs = start + offsets  # (B,T) token positions
             index = inputs if b == 0 else inputs[:, -self.grid.last:]  # (B,last) target numbers
             slot = torch.where((index >= first) & (index < end), index - self.start, length)
-            function = score if b else self.scores  # batch 0 has a shape of its own: not compiled
+            function = score if b else self.model.scores  # batch 0's shape is its own: not compiled
             out[slot.flatten()] = function(self.tokens[inputs], self.tokens[index + 1],
                                            hints[slot]).flatten(0, 1)
-            if progress and self.run.log_file: self.log_progress(b, out)
+            if self.byte_total is not None: self.log_progress(b, out)
         return out[:length]
     def log_progress(self, batch: int, out: Tensor) -> None:
         """On rank 0, the running bits per byte about every 2 % of its batches."""
-        mine = self.grid.batches[0]
-        if (batch + 1) * 50 // len(mine) != batch * 50 // len(mine):
-            done = self.grid.table[:batch * self.grid.batch + 1]
-            byte_counts = self.data.table.target_bytes(self.data.val[:done[-1, 2] + 1])
-            row = score_of(out[:len(byte_counts), 0].cpu(), byte_counts)
-            self.run.row("eval", f"eval [{len(done)}/{len(self.grid.table)}]", bpb=row["val_bpb"])
+        count, mine = batch * self.grid.batch + 1, len(self.grid.batches[0])
+        if (batch + 1) * 50 // mine != batch * 50 // mine:
+            end = int(self.grid.table[:count][-1, 2])
+            bits = -float(out[:end, 0].sum()) / math.log(2)
+            done = f"eval [{min(count, len(self.grid.table))}/{len(self.grid.table)}]"
+            self.run.row("eval", done, bpb=bits / max(1, int(self.byte_total[end - 1])))
     @torch.no_grad()
     def distribution(self, target: int) -> Tensor:
         """Log-probabilities (V,) at a target; its window stays until `reveal` changes a token."""
@@ -1269,10 +1311,9 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 # ---- N-gram counts -------------------------------------------------------------------------------
 # Counting by sorting. With positions grouped by the n-gram that ends there, in stream order inside
 # a group, "how often before" is a rank. Groups of length n + 1 come from those of length n: step
-# one token on, split every group by that token with a stable sort, and drop groups of one: nothing
-# longer repeats there, so the sorts shrink with every order. Buckets in place of n-grams give a
-# hashed table's counts, a rank among earlier chunks a coarser cache's.
-
+# one token on, split each group by that token with a stable sort, drop groups of one: no more is to
+# repeat. Buckets in place of n-grams give a hashed table's counts, a rank among earlier chunks a
+# coarser cache's.
 # Columns of one order n, (positions,) int32: how often the n - 1 tokens before occurred, how often
 # this token followed them; exact counts: how many different tokens did, the one that did last (-1:
 # none), how often that one did, and how many tokens ago.
@@ -1323,11 +1364,10 @@ def hint_columns(contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tenso
 
 def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=None, primes=None,
                  documents=False):
-    """Yield (order, Counts from position `start` on) for orders 1 to max_order. tokens (N,)
-    integers >= 0. buckets: 0 exact, a power of two hashed. Targets 1, 2, ... fall into chunks, the
-    first of `first`, then `granularity` each; a position sees the n-grams whose target lies in
-    earlier chunks. distinct and the hints: exact and one target a chunk only. documents: count
-    inside each document alone; its BOS, as a target, belongs to the document that it ends."""
+    """Yield (order, Counts from position `start` on), orders 1 to max_order. tokens (N,) integers.
+    buckets: 0 exact, a power of 2 hashed. Targets 1, 2, ... fall into chunks, the first of `first`,
+    then `granularity` each; a position sees the n-grams whose target lies in earlier chunks.
+    distinct and hints: exact, one target a chunk only. documents: count inside each alone."""
     total, device = len(tokens), tokens.device
     primes, first = primes or Config.ngram_primes, first or granularity
     one_each, position = granularity == first == 1, torch.arange(total + 1, device=device)
@@ -1340,7 +1380,6 @@ def count_ngrams(tokens, max_order, start=0, buckets=0, granularity=1, first=Non
         out = torch.full((total + 1,), fill, dtype=torch.int32, device=device)
         out[groups.position] = values.int()
         return out
-
     is_first = position[:-1] == 0
     is_first[1:] |= (tokens[:-2] == BOS) & documents
     contexts = stream = Groups(position[:-1], run_starts(is_first))
@@ -1375,15 +1414,11 @@ def scan_ngrams(tokens, target, rule, max_order, cfg, begin=0):
         followed = known[ends[:0] if n > place else ends]
         if rule.buckets and 0 < n <= place:
             last, mask = primes[n % len(primes)], rule.buckets - 1
-            table = (keys[n:visible] ^ known[n:visible] * last) & mask
+            table = ((keys[n:visible] ^ known[n:visible] * last) & mask).sort().values
             wanted = (keys[place] ^ words * last) & mask
-            if len(table) < rule.buckets:  # a short history: sort it, not all the buckets
-                table = table.sort().values
-                low, high = (torch.searchsorted(table, wanted, right=r) for r in (False, True))
-            pair = high - low if len(table) < rule.buckets else torch.bincount(
-                table, minlength=rule.buckets)[wanted]
+            low, high = (torch.searchsorted(table, wanted, right=r) for r in (False, True))
             context = (keys[n:visible] & mask == keys[place] & mask).sum()
-            yield order, Counts(context.expand(len(words)), pair)
+            yield order, Counts(context.expand(len(words)), high - low)
             continue
         pair, count = torch.bincount(followed, minlength=len(words)), len(followed)
         hint = int(followed[-1]) if count else -1
@@ -1394,20 +1429,17 @@ def scan_ngrams(tokens, target, rule, max_order, cfg, begin=0):
 # ---- Mixing --------------------------------------------------------------------------------------
 # Backoff (submissions #889, #806, #890, #1094): the longest context that matches gives the ratio
 # min(pair, context)/context, which alpha, a function of the network's entropy, blends with the
-# network. It is a probability distribution with exact counts and a match on the context alone; with
-# colliding tables, or a match that looks at the target, it is not.
-#
-# Calibrated (ours): two stages, both distributions, both learned online from scored targets only.
-# Hint: the longest known context names a token y. A table holds how often such hints were right: a
-# bucket by what the counts say of the hint, KNOTS points over the network's logit p(y), linear in
-# between (an adaptive probability map, as in PAQ), at first the network's opinion. With s read from
-# it, p(y) = s, and the other tokens share 1 - s in the network's proportions.
-# Interpolation (Jelinek and Mercer 1980): P = (1 - lambda)*P + lambda*pair/context over contexts of
-# rising length, the document's, then the stream's. lambda comes from a table by what the context
-# looks like, re-estimated by EM: posterior mass that a level explained over mass that reached it.
-# Buckets look at contexts alone and tables change between chunks only, so a distribution is there
-# before its target. Tables count in integers of 2^-32: a GPU's order of adding cannot change them.
-
+# network: a distribution with exact counts and a match on the context alone, and not with colliding
+# tables or a match that looks at the target. Calibrated (ours): two stages, both distributions,
+# both learned online from scored targets only. Hint: the longest known context names a token y. A
+# table holds how often such hints were right: a bucket by what counts say of the hint, KNOTS points
+# over the network's logit p(y), linear in between (an adaptive probability map, as in PAQ), first
+# the network's opinion. With s read from it, p(y) = s, and the other tokens share 1 - s in the
+# network's proportions. Interpolation (Jelinek and Mercer 1980): P = (1 - lambda)*P + lambda*pair/
+# context over contexts of rising length, the document's, then the stream's; lambda from a table by
+# what the context looks like, re-estimated by EM: the mass that a level explained over what reached
+# it. Buckets look at contexts alone and tables change between chunks only, so a distribution is
+# there before its target. Tables count in integers of 2^-32: no order of adding changes them.
 PROBABILITY_FLOOR, BATCH_WINDOWS = 1e-12, 128  # the submissions'; #1094's between table updates
 
 class Rule(typing.NamedTuple):
@@ -1438,7 +1470,6 @@ def backoff_rules(cfg: Config) -> dict[str, Rule]:
     if cfg.ngram_match == "pair":  # looks at the target: not normalized even with exact counts
         rules["backoff_exact_pair"] = Rule(match="pair")
     return rules
-
 # A rule's n-gram part: matched order int8 (0: none) and the target's probability float64.
 BackoffColumns = collections.namedtuple("BackoffColumns", "order probability")
 
@@ -1494,8 +1525,8 @@ def level_key(counts: Counts, near: int) -> Tensor:
     return torch.where(counts.context > 0, key, 0).to(torch.int16)
 
 def ngram_columns(document_counts, counts, near: int) -> NgramColumns:
-    """From two iterables of (order, Counts), inside documents and over the stream. A hint's key:
-    its order, its share of the context, its distance, and which of SHORT_ORDERS agree with it."""
+    """From (order, Counts) inside documents and over the stream. A hint's key: its order, share of
+    the context, distance, and which of SHORT_ORDERS agree with it."""
     ratios, keys, short, hint, hint_key = [], [], [], -1, 0
     for in_stream, counted in enumerate((document_counts, counts)):
         for order, c in ((order, c) for order, c in counted if order > 1):
@@ -1517,7 +1548,6 @@ def stream_columns(tokens: Tensor, span: tuple[int, int], cfg: Config) -> NgramC
     tokens, start = tokens[:span[1] + 1], span[0] + 1
     return ngram_columns(count_ngrams(tokens, max(SHORT_ORDERS), start, documents=True),
                          count_ngrams(tokens, cfg.mixer_max_order, start), cfg.eval_seq_len)
-
 # M candidates, the targets of a chunk or all tokens at one position; is_hint: it is the hint.
 MixInputs = collections.namedtuple(
     "MixInputs", "logp entropy hint_logp hint_log1m is_hint hint_key ratio level_key")
@@ -1535,7 +1565,7 @@ class CalibratedMixer:
         self.first_cell = torch.arange(levels, device=device)[:, None] * ENTROPIES * LEVEL_KEYS
     def copy(self) -> CalibratedMixer:
         """The tables as they are now, on the CPU."""
-        other = object.__new__(CalibratedMixer)
+        other = copy.copy(self)
         vars(other).update({k: t.to("cpu", copy=True) for k, t in vars(self).items()})
         return other
     def hint_stage(self, x: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -1591,20 +1621,12 @@ def mix(inputs: MixInputs, chunk: int, keep=()) -> tuple[Tensor, dict[int, Calib
     torch.set_num_threads(threads)
     return out, kept | {len(out): mixer.copy()}
 
-def inputs_for_all(logp: Tensor, ngram: NgramColumns) -> MixInputs:
-    """All V tokens at one position, from the network's log-probabilities (V,) and columns (V,)."""
-    words, y = torch.arange(len(logp)), ngram.hint[0].clamp(min=0)
-    others = logp.masked_fill(words == y, -math.inf).logsumexp(0)
-    entropy = -(logp.exp() * logp).sum()
-    neural = (x.expand_as(logp) for x in (entropy, logp[y], others))
-    return MixInputs(logp, *neural, ngram.hint == words, *ngram[1:])
-
 # ---- Evaluation ----------------------------------------------------------------------------------
 MASS_POSITIONS, NORMALIZED_WITHIN = 32, 1e-4  # targets at which scorings are summed; tolerance
 
 class Evaluation:
-    """One neural pass over a stream, scored in several ways: the score table. On rank 0, by
-    scoring: `rows` of results, `logp` (N,). `samples`: targets where distributions are summed."""
+    """One neural pass, scored in several ways. On rank 0, by scoring: `rows` of results, `logp`
+    (N,). `samples`: targets at which distributions are summed."""
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.cfg, self.run, self.data = cfg, run, data
         self.neural = NeuralPass(model, data, cfg, run, cfg.eval_stride)
@@ -1614,25 +1636,19 @@ class Evaluation:
         self.headline = wanted if wanted in names else "neural"
         self.order = sorted(names, key=lambda name: name != self.headline)
         self.rows, self.logp, self.columns, self.mixers = {}, {}, None, {}
+        self.earlier_seconds = 0.0  # of a resumed neural pass
         count = max(4, min(MASS_POSITIONS, 2**28 // len(data.val)))  # scans of long ones are slow
         self.samples = np.random.RandomState(cfg.seed).randint(0, len(data.val) - 1, count).tolist()
-    def neural_pass(self) -> None:
-        """Count, to name the hints, and run the network; its columns on rank 0."""
-        cfg, spans, tokens = self.cfg, self.neural.grid.spans, self.neural.tokens
-        span, hints = spans[self.run.rank], None
-        if cfg.ngram_enabled:
-            hints = [stream_columns(tokens, span, cfg).hint]
-            if cfg.save_neural_pass:  # the hint of every order, for other rules
-                counted = count_ngrams(tokens[:span[1] + 1], cfg.mixer_max_order, span[0] + 1)
-                hints += [c.hint for order, c in counted if order > 1]
-            hints = torch.stack(hints, 1)
-        out = self.run.gather(self.neural.columns(hints, progress=True), spans)
-        if self.run.is_main:
-            self.columns = NeuralColumns(*out[:, :4].unbind(1))
-            if cfg.save_neural_pass:
-                byte_counts = self.data.table.target_bytes(self.data.val)
-                np.savez(cfg.save_neural_pass, tokens=self.data.val.numpy().astype(np.uint16),
-                         columns=out.numpy(), byte_counts=byte_counts.numpy())
+    def neural_pass(self, artifact: str = "") -> None:
+        """Count, to name the hints, and run the network, unless RESUME_EVAL finds the artifact's
+        (by its hash) columns saved; they are on rank 0."""
+        cfg, run, spans, tokens = self.cfg, self.run, self.neural.grid.spans, self.neural.tokens
+        started, saved = run.sync(), artifact and tool("saved_pass")
+        if saved and cfg.resume_eval and run.agree(lambda: saved.load(self, artifact)): return
+        hints = stream_columns(tokens, spans[run.rank], cfg).hint if cfg.ngram_enabled else None
+        out = run.gather(self.neural.columns(hints, progress=True), spans)
+        self.columns = NeuralColumns(*out.unbind(1)) if run.is_main else None
+        if saved and run.is_main: saved.save(self, artifact, out, run.sync() - started)
     def mix_inputs(self, end: int) -> MixInputs:
         """What the calibrated mixer reads for the targets before `end`, on rank 0's device."""
         tokens = self.neural.tokens[:end + 1]
@@ -1645,22 +1661,14 @@ class Evaluation:
         if scoring == "calibrated" and run.is_main:
             inputs = self.mix_inputs(len(tokens) - 1)
             logp, self.mixers = mix(inputs, cfg.mixer_chunk_tokens, self.samples)
-            order = inputs.hint_key // (SHARES * 3 * 2**len(SHORT_ORDERS))
-            self.record_orders(scoring, order, right=inputs.is_hint)
             return logp.cpu()
         if scoring in self.rules:
             rule = self.rules[scoring]
             part = backoff_columns(rule.counted(tokens, spans[run.rank], cfg), rule.match, cfg)
             part = BackoffColumns(*(run.gather(c, spans) for c in part))
             if run.is_main:
-                self.record_orders(scoring, part.order)
                 return backoff_logp(self.columns.logp, self.columns.entropy, part, cfg)
         return self.columns.logp if run.is_main else None
-    def record_orders(self, scoring: str, order: Tensor, **which: Tensor) -> None:
-        """For the plot: targets by longest matching order, and those with a right hint."""
-        counts = {k: torch.bincount(order.long()[v]).tolist() for k, v in which.items()}
-        counts["count"] = torch.bincount(order.long()).tolist()
-        self.run.record["matched_orders"].append(dict(scoring=scoring, **counts))
     def score(self, scoring: str, started: float) -> None:
         """Mix, and keep the row with its seconds since `started`; all ranks take part."""
         logp = self.mixed(scoring)
@@ -1668,15 +1676,18 @@ class Evaluation:
         byte_counts = self.data.table.target_bytes(self.data.val)
         seconds, self.logp[scoring] = self.run.sync() - started, logp
         self.rows[scoring] = score_of(logp, byte_counts) | dict(seconds=seconds)
-        self.run.record["curves"].append(dict(scoring=scoring, **running_bpb(logp, byte_counts)))
     def candidates(self, target: int, logp: Tensor) -> MixInputs:
         """All tokens (V,) at a target, from the network's log-probabilities (V,)."""
-        cfg, tokens = self.cfg, self.data.val
+        cfg, tokens, words = self.cfg, self.data.val, torch.arange(len(logp))
         starts = (tokens[:target + 1] == BOS).nonzero().flatten().tolist()
         begin = starts[-1] + 1 if starts else 0
         documents = scan_ngrams(tokens, target, Rule(), max(SHORT_ORDERS), cfg, begin)
         stream = scan_ngrams(tokens, target, Rule(), cfg.mixer_max_order, cfg)
-        return inputs_for_all(logp, ngram_columns(documents, stream, cfg.eval_seq_len))
+        ngram = ngram_columns(documents, stream, cfg.eval_seq_len)
+        y = ngram.hint[0].clamp(min=0)
+        others = logp.masked_fill(words == y, -math.inf).logsumexp(0)
+        neural = (x.expand_as(logp) for x in (-(logp.exp() * logp).sum(), logp[y], others))
+        return MixInputs(logp, *neural, ngram.hint == words, *ngram[1:])
     def distribution(self, scoring: str, target: int, logp: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (V,) of a scoring from the network's, and a rule's n-gram part (V,)."""
         if scoring == "calibrated":
@@ -1703,23 +1714,10 @@ class Evaluation:
             row |= dict(ngram_mass=float(np.mean(sums))) if sums else {}
             row["normalized"] = "no" if row["mass_error"] > NORMALIZED_WITHIN else "yes"
 
-def running_bpb(logp: Tensor, byte_counts: Tensor, points: int = 200) -> dict:
-    """The score along the stream: bits per byte of the first k targets at `points` places."""
-    at = torch.linspace(1, len(logp), points).long() - 1
-    bits = -logp.cumsum(0)[at] / math.log(2)
-    return dict(targets=(at + 1).tolist(), bpb=(bits / byte_counts.cumsum(0)[at].clip(1)).tolist())
-
-def unigram_bpb(data: Data) -> float:
-    """Bits per byte of the best fixed unigram model of the validation targets, for comparison."""
-    counts = torch.bincount(data.val[1:]).double()
-    bits = -(counts * (counts / counts.sum()).clamp(min=1e-300).log2()).sum()
-    return float(bits / data.table.target_bytes(data.val).sum())
-
 # ---- Audit ---------------------------------------------------------------------------------------
 # The run proves its own score: what the challenge's issue #1017 asks (causal, normalized, scored
 # before seen, one pass), its bytes, and that it is the length of a message that decodes. Checks go
 # another way than the score: a changed stream, counts by scans, a coder that goes token by token.
-
 AUDIT_UPDATES, AUDIT_TARGETS = 3, 1024  # table updates before coding starts; targets coded
 AUDIT_TEXT_TOKENS = 2_000_000  # whose bytes are counted in their text
 MASS_WITHIN, SCORE_WITHIN = 1e-6, 1e-4  # of 1; of the batched score, in nats
@@ -1737,7 +1735,6 @@ def audit_span(e: Evaluation) -> tuple[int, int]:
 
 def evaluate_alone(model: GPT, val: Tensor, cfg: Config, run: Run, samples=()) -> Evaluation:
     """An evaluation of another stream after its neural pass, on this rank alone."""
-    cfg = replace(cfg, save_neural_pass="")
     evaluation = Evaluation(model, Data(None, None, None, val, {}), cfg, run.alone())
     evaluation.samples = samples
     evaluation.neural_pass()
@@ -1746,8 +1743,7 @@ def evaluate_alone(model: GPT, val: Tensor, cfg: Config, run: Run, samples=()) -
 def audit_causal(evaluation: Evaluation) -> dict:
     """Replace all tokens from a target on: no score before, nor the distribution there, differs."""
     e, val, cfg = evaluation, evaluation.data.val, evaluation.cfg
-    first, end = audit_span(e)
-    rng = np.random.RandomState(cfg.seed)
+    rng, (first, end) = np.random.RandomState(cfg.seed), audit_span(e)
     target = int(rng.randint(first, end))
     changed = val[:end + 1].clone()
     changed[target + 1:] = torch.from_numpy(rng.randint(0, cfg.vocab_size, end - target))
@@ -1788,13 +1784,13 @@ def audit_bytes(evaluation: Evaluation) -> dict:
     tokenizer, val, table = evaluation.data.tokenizer, evaluation.data.val, evaluation.data.table
     unknown = int((val[1:] == tokenizer.unk_id()).sum())
     starts, wrong, counted, documents = (val == BOS).nonzero().flatten(), 0, 0, 0
-    for document in val[:AUDIT_TEXT_TOKENS].tensor_split(starts[starts < AUDIT_TEXT_TOKENS]):
-        while len(document) > 1 and tokenizer.is_byte(int(document[-1])):
-            document = document[:-1]  # the stream's end may cut a character
-        if len(document) > 1:
-            own = int(table.target_bytes(document).sum())
-            wrong += own != len(tokenizer.decode(document[1:].tolist()).encode())
-            counted, documents = counted + own, documents + 1
+    text = val[:AUDIT_TEXT_TOKENS]  # whose end may cut a character
+    while len(text) > 1 and tokenizer.is_byte(int(text[-1])): text = text[:-1]
+    for document in text.tensor_split(starts[starts < len(text)]):
+        if len(document) < 2: continue
+        own = int(table.target_bytes(document).sum())
+        wrong += own != len(tokenizer.decode(document[1:].tolist()).encode())
+        counted, documents = counted + own, documents + 1
     return dict(passed=documents > 0 == wrong == unknown, documents=documents, bytes=counted,
                 wrong_documents=wrong, unknown_targets=unknown)
 
@@ -1880,10 +1876,10 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     """Log configuration, versions, hardware, revision and corpus."""
     gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else "none"
     code, revision = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), ""
-    with contextlib.suppress(OSError):  # "+": changed since
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"], text=True,
-            cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip()
+    describe = "git describe --always --abbrev=40 --dirty=+ --exclude=*"  # "+": changed since
+    with contextlib.suppress(OSError): revision = subprocess.run(
+        describe.split(), text=True, cwd=Path(__file__).resolve().parent,
+        capture_output=True).stdout.strip()
     run.record |= dict(notes=notes, corpus=data.corpus, config=asdict(cfg), facts=dict(
         torch=torch.__version__, python=platform.python_version(), numpy=np.__version__,
         machine=platform.machine(), cores=os.cpu_count(), gpu=gpu, world_size=run.world,
@@ -1891,109 +1887,113 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     for kind in ("facts", "corpus", "config"):
         run.log(f"{kind} " + " ".join(f"{k}:{v}" for k, v in run.record[kind].items()))
 
-def report_budgets(run: Run, cfg: Config, total_bytes: int, eval_seconds: float) -> None:
-    """One PASS or FAIL line for each of the challenge's budgets."""
-    budgets = [("total_bytes", total_bytes, cfg.artifact_bytes),
-               ("eval_seconds", round(eval_seconds, 1), cfg.max_eval_seconds)]
-    budgets += [("train_seconds", row["train_seconds"], cfg.max_wallclock_seconds)
-                for row in run.record["trained"] if cfg.max_wallclock_seconds]
-    for name, used, limit in budgets:
-        verdict = "PASS" if used <= limit else f"FAIL excess:{used - limit:.10g}"
-        run.record["budget"].append(dict(name=name, used=used, limit=limit, verdict=verdict))
-        run.log(f"budget {name}:{used}/{limit:.10g} {verdict}")
-
 def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> None:
     """Result lines, score table, budgets, files and, last, the final line; on rank 0."""
     stage, headline = f"int{cfg.matrix_bits}_sliding", evaluation.headline
     for scoring, row in evaluation.rows.items():
         run.row("result", stage=stage, scoring=scoring, **row)
-    run.log(f"{'scoring':20} {'val_bpb':>10} {'mass':>12}  normalized")
-    for scoring, row in sorted(evaluation.rows.items(), key=lambda item: item[1]["val_bpb"]):
-        run.log(f"{scoring:20} {row['val_bpb']:10.6f} {row['mass']:12.6g}  {row['normalized']}"
-                + ("  <- headline" if scoring == headline else ""))
     best, total = evaluation.rows[headline], len(blob) + code_bytes()
-    report_budgets(run, cfg, total, best["seconds"])
+    budgets = [("total_bytes", total, cfg.artifact_bytes),
+               ("eval_seconds", round(best["seconds"], 1), cfg.max_eval_seconds)]
+    if run.record["trained"] and cfg.max_wallclock_seconds:
+        used = run.record["trained"][0]["train_seconds"] + sum(
+            row["seconds"] for row in run.record["calibration"])
+        budgets.append(("train_seconds", round(used, 3), cfg.max_wallclock_seconds))
+    for name, used, limit in budgets:
+        verdict = "PASS" if used <= limit else f"FAIL excess:{used - limit:.10g}"
+        run.record["budget"].append(dict(name=name, used=used, limit=limit, verdict=verdict))
+        run.log(f"budget {name}:{used}/{limit:.10g} {verdict}")
     final = {key: best[key] for key in ("val_loss", "val_bpb")} | dict(
         scoring=headline, normalized=best["normalized"], total_bytes=total, seed=cfg.seed)
     run.record["final"].append(final)
+    if report := tool("report"):
+        for line in report.score_table(evaluation): run.log(line)
+        run.record |= report.pictured(evaluation)
+        run.save(".png", report.plot(run.record))
+        run.save(".submission.json", report.submission(run.record))
     run.save(".json", json.dumps(run.record, indent=1).encode())
-    with contextlib.suppress(ImportError):  # for people: the score does not need them
-        from tools.report import plot, submission
-        run.save(".png", plot(run.record))
-        run.save(".submission.json", submission(run.record))
     run.row("final", **final)
 
 # ---- Main ----------------------------------------------------------------------------------------
-def read_weights(path: str) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors file; RunError for any other file."""
+def read_weights(path) -> dict[str, Tensor]:
+    """Tensors by name of a file of safetensors; RunError for any other file."""
     try: return safetensors.torch.load(Path(path).read_bytes())
     except safetensors.SafetensorError as error: raise RunError(f"{path}: {error}") from None
 
-def make_artifact(data: Data, cfg: Config, run: Run) -> Path:
-    """Train and save the weights, or load some; export; the artifact's path, on every rank."""
+def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
+    """Train and save the weights, or load some; export and save; the artifact, on every rank."""
     if cfg.load_weights:
         model = build_model(cfg, run, read_weights(cfg.load_weights))
     else:
         run.stage, model = "training", build_model(cfg, run)
         trainer = Trainer(model, data, cfg, run)
         trainer.train()
-        weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-        run.agree(lambda: run.save(".safetensors", safetensors.torch.save(weights)))
+        if run.is_main: run.save(".safetensors", {
+            n: p.detach().cpu().contiguous() for n, p in model.named_parameters()})
         trainer.validate()
-    run.stage = "export"
-    return run.agree(lambda: run.save(f".int{cfg.matrix_bits}.ptz", export(model, data, cfg, run)))
+    run.stage, senses = "export", calibrate(model, data, cfg, run)
+    def work():
+        blob = export(model, senses, data, cfg, run)
+        run.save(f".int{cfg.matrix_bits}.ptz", blob)
+        return blob
+    return run.agree(work)
 
-def evaluate_artifact(path: Path, data: Data, cfg: Config, run: Run) -> int:
+def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     """Score what would be shipped; the exit status, 3 if AUDIT=strict and a check failed."""
     run.stage, started = "evaluation", run.sync()
-    blob = path.read_bytes()
     cfg, tensors = unpack(blob, cfg, data.corpus["vocabulary_sha256"])
     weights = {name: tensor.tensor() for name, tensor in tensors.items()}
     model = build_model(replace(cfg, mtp_num_heads=0), run, weights)
     evaluation = Evaluation(model, data, cfg, run)
-    evaluation.neural_pass()
-    evaluation.score(evaluation.headline, started)  # the evaluation clock ends here
+    evaluation.neural_pass(hashlib.sha256(blob).hexdigest())
+    evaluation.score(evaluation.headline, started - evaluation.earlier_seconds)  # the clock ends
     for scoring in evaluation.order[1:]: evaluation.score(scoring, run.sync())
     started, roundtrip = run.sync(), neural_score(model, data, cfg, run)
     if run.is_main:
         run.row("result", stage=f"int{cfg.matrix_bits}_roundtrip", scoring="neural", **roundtrip,
                 seconds=run.sync() - started)
-        run.row("baseline", unigram_bpb=unigram_bpb(data))
         evaluation.masses()
     run.stage = "audit"
     failed = cfg.audit != "0" and run.agree(lambda: audit(evaluation))
     run.agree(lambda: final_report(evaluation, blob, cfg, run))
+    if unsaved := run.agree(lambda: run.unsaved): raise RunError(unsaved[-1])
     return 3 if failed and cfg.audit == "strict" else 0
 
 def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     """The whole run, as a table of contents; the exit status."""
     for note in notes: run.log(note)
     run.stage = "data"
-    cfg.given or micro_batch_tokens(cfg, run.world)  # fails before expensive work
+    cfg.load_artifact or micro_batch_tokens(cfg, run.world)  # fails before expensive work
     data = run.agree(lambda: load_data(cfg, run), everywhere=True)
     run.agree(lambda: describe_run(cfg, notes, data, run))
-    path = Path(cfg.load_artifact) if cfg.load_artifact else make_artifact(data, cfg, run)
-    return evaluate_artifact(path, data, cfg, run)
+    if cfg.load_artifact: blob = run.agree(lambda: Path(cfg.load_artifact).read_bytes())
+    else: blob = make_artifact(data, cfg, run)
+    return evaluate_artifact(blob, data, cfg, run)
 
 def main() -> int:
     """Run as the environment says; the exit status."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(), flush=True)
+        print(tool("help").help_text() if tool("help") else __doc__, flush=True)
         return 0
     run, is_main = None, os.environ.get("RANK", "0") == "0"
     try:
         cfg, notes = load_config(os.environ)
         run = Run(cfg)
-        return run_all(cfg, notes, run)
-    except (RunError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        status = run_all(cfg, notes, run)
+        dist.destroy_process_group()
+        return status
+    except (RunError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("DEBUG", "0") == "1": raise
-        full = isinstance(error, torch.OutOfMemoryError)
-        message = (f"out of device memory during {run.stage}: lower MICRO_BATCH_TOKENS or "
-                   "EVAL_BATCH_WINDOWS") if full else str(error)
-        if is_main or full: print(f"error: {message}", file=sys.stderr, flush=True)
+        message, broken = str(error), isinstance(error, dist.DistError) or "gloo" in str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = (f"out of device memory during {run.stage}: lower MICRO_BATCH_TOKENS or "
+                       f"EVAL_BATCH_WINDOWS; saved so far: {', '.join(run.saved) or 'nothing'}")
+            is_main = True
+        elif broken and run and run.world > 1 and tool("roll_call"):
+            message, is_main = tool("roll_call").dead_ranks(run)
+        elif isinstance(error, RuntimeError): raise
+        if is_main: print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        if run: dist.destroy_process_group()
 
 if __name__ == "__main__":
     os._exit(main())  # not through the teardown of the collectives' threads, which can abort

@@ -1,13 +1,12 @@
 """Which mixing rule is worth how much? Scores saved neural passes by every rule, without a network.
 
-    SAVE_NEURAL_PASS=pass.npz MIXER_MAX_ORDER=16 python train_gpt.py     saves one
-    python bench/mixers.py pass.npz ...          bpb and gain of each rule and ablation, in seconds
+    python bench/mixers.py logs/neural-*.safetensors     bpb and gain of each rule and ablation
     python bench/mixers.py --noise 1000000       cost where n-grams carry nothing
     LOAD_ARTIFACT=x.int6.ptz python bench/mixers.py --masses 1000    sums over the vocabulary
 
-Constants were tuned on the first half of a stream; the second half is the report. `pass.npz` holds
-tokens (N+1,), byte_counts (N,) and columns (N,2+2K): log p, entropy, and log p(y), log(1 - p(y)) of
-the hints y of the longest order and of each order from 2.
+Constants were tuned on the first half of a stream; the second half is the report. Every evaluation
+saves its neural pass (tools/saved_pass.py). A pass knows of each target one hint, the longest
+context's, up to MIXER_MAX_ORDER: a table of shorter orders needs a pass made with that variable.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,15 +28,14 @@ LEVELS = len(golf.SHORT_ORDERS)  # of the document, before those of the stream
 
 
 def load(path):
-    """(tokens (N+1,), byte_counts (N,), NeuralColumns of the longest hint, all columns)."""
-    saved = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
-    columns = saved["columns"]
-    neural = golf.NeuralColumns(*columns[:, :4].unbind(1))
-    return saved["tokens"].long(), saved["byte_counts"].double(), neural, columns
+    """(tokens (N+1,), byte_counts (N,), NeuralColumns) of a saved pass."""
+    saved = golf.read_weights(path)
+    neural = golf.NeuralColumns(*saved["columns"].unbind(1))
+    return saved["tokens"], saved["byte_counts"].double(), neural
 
 
-def inputs(tokens, columns, max_order=16, near=256, documents=golf.SHORT_ORDERS):
-    """(MixInputs, distance of the hint's context) for hints of up to max_order."""
+def inputs(tokens, neural, max_order=12, near=256, documents=golf.SHORT_ORDERS):
+    """(MixInputs, distance of the hint's context) of a pass made with hints of up to max_order."""
     span = (0, len(tokens) - 1)
     cfg = golf.replace(golf.Config(), mixer_max_order=max_order, eval_seq_len=near)
     ngram = golf.stream_columns(tokens, span, cfg)
@@ -46,22 +43,16 @@ def inputs(tokens, columns, max_order=16, near=256, documents=golf.SHORT_ORDERS)
         kept = [k for k, n in enumerate(golf.SHORT_ORDERS) if n in documents]
         kept += range(LEVELS, len(ngram.ratio))
         ngram = ngram._replace(ratio=ngram.ratio[kept], level_key=ngram.level_key[kept])
-    longest = torch.zeros(span[1], dtype=torch.int64)
     distance = torch.zeros(span[1], dtype=torch.int64)
     for order, counts in golf.count_ngrams(tokens, max_order, 1):
         if order > 1:
-            longest[counts.context > 0] = order - 1
             distance = torch.where(counts.context > 0, counts.distance.long(), distance)
-    # the columns of order n's hint are at 2 + 2*(n - 1); without a hint those of another do no harm
-    place = 2 + 2 * longest
-    pair = columns.gather(1, torch.stack([place, place + 1], 1))
-    neural = golf.NeuralColumns(columns[:, 0], columns[:, 1], *pair.unbind(1))
     return golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:]), distance
 
 
-def table(path, near):
+def table(path, near, max_order):
     """Print a pass's score by every rule."""
-    tokens, sizes, neural, columns = load(path)
+    tokens, sizes, neural = load(path)
     size, half = len(sizes), len(sizes) // 2
     parts = dict(all=slice(0, size), first=slice(0, half), second=slice(half, size))
 
@@ -78,7 +69,7 @@ def table(path, near):
         with contextlib.ExitStack() as stack:
             for constant, value in dict(constants).items():
                 stack.enter_context(mock.patch.object(golf, constant, value))
-            x, distance = inputs(tokens, columns, **(dict(near=near) | options))
+            x, distance = inputs(tokens, neural, max_order, **(dict(near=near) | options))
             started = time.perf_counter()
             logp, _ = golf.mix(edit(x), chunk)
             row(name, logp, time.perf_counter() - started)
@@ -93,21 +84,19 @@ def table(path, near):
         part = golf.backoff_columns(golf.Rule().counted(tokens, (0, size), cfg), "context", cfg)
         row(f"backoff {recipe}, exact counts",
             golf.backoff_logp(neural.logp, neural.entropy, part, cfg), time.perf_counter() - started)
-    best, x, distance = calibrated("calibrated, order 12", max_order=12)
-    calibrated("  chunks of 1,024", max_order=12, chunk=1024)
-    for order in (4, 6, 8, 10, 14, 16):
-        calibrated(f"  order {order}", max_order=order)
-    calibrated("  hint alone", lambda x: x._replace(level_key=x.level_key * 0), max_order=12)
-    calibrated("  interpolation alone", lambda x: x._replace(hint_key=x.hint_key * 0), max_order=12)
-    calibrated("  without the document's levels", max_order=12, documents=())
-    calibrated("  without distance", max_order=12, near=FAR)
-    calibrated("  without entropy bins", max_order=12, constants=dict(ENTROPIES=1))
+    best, x, distance = calibrated("calibrated")
+    calibrated("  chunks of 1,024", chunk=1024)
+    calibrated("  hint alone", lambda x: x._replace(level_key=x.level_key * 0))
+    calibrated("  interpolation alone", lambda x: x._replace(hint_key=x.hint_key * 0))
+    calibrated("  without the document's levels", documents=())
+    calibrated("  without distance", near=FAR)
+    calibrated("  without entropy bins", constants=dict(ENTROPIES=1))
     calibrated("  without agreement of short hints", lambda x: x._replace(
-        hint_key=x.hint_key // 8 * 8), max_order=12)
-    calibrated("  hint prior 5", max_order=12, constants=dict(HINT_PRIOR=5.0))
-    calibrated("  hint prior 20", max_order=12, constants=dict(HINT_PRIOR=20.0))
-    calibrated("  level prior 0.05, 1", max_order=12, constants=dict(LEVEL_PRIOR=(0.05, 1.0)))
-    calibrated("  level prior 0.2, 4", max_order=12, constants=dict(LEVEL_PRIOR=(0.2, 4.0)))
+        hint_key=x.hint_key // 8 * 8))
+    calibrated("  hint prior 5", constants=dict(HINT_PRIOR=5.0))
+    calibrated("  hint prior 20", constants=dict(HINT_PRIOR=20.0))
+    calibrated("  level prior 0.05, 1", constants=dict(LEVEL_PRIOR=(0.05, 1.0)))
+    calibrated("  level prior 0.2, 4", constants=dict(LEVEL_PRIOR=(0.2, 4.0)))
     gain = (best - neural.logp) / math.log(2)
     for name, where in (("within the window", (distance > 0) & (distance < near)),
                         ("beyond it", distance >= near), ("none", distance == 0)):
@@ -166,14 +155,15 @@ def masses(count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("passes", nargs="*", help="files of SAVE_NEURAL_PASS")
+    parser.add_argument("passes", nargs="*", help="neural passes that runs have saved")
+    parser.add_argument("--max-order", type=int, default=12, help="their MIXER_MAX_ORDER")
     parser.add_argument("--near", type=int, default=256, help="tokens of the network's window")
     parser.add_argument("--noise", type=int, default=0, help="tokens of noise to score")
     parser.add_argument("--masses", type=int, default=0, help="targets to sum distributions at")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for path in options.passes:
-        table(path, options.near)
+        table(path, options.near, options.max_order)
     if options.noise:
         noise(options.noise)
     if options.masses:

@@ -64,7 +64,7 @@ def bench(scale, args):
     stream = torch.randint(0, cfg.vocab_size, (targets + 1,), generator=generator)
     hints = torch.randint(0, cfg.vocab_size, (targets,), generator=generator).to(run.device)
     ours = golf.NeuralPass(model, SimpleNamespace(val=stream), cfg, run, STRIDE)
-    work = dict(ours=lambda: ours.columns(hints[:, None]),
+    work = dict(ours=lambda: ours.columns(hints),
                 plain=PlainPass(plain_model, stream, hints, cfg, run))
     count = len(work["plain"].windows)
     print(f"{scale}: {count} windows of {cfg.eval_seq_len} that score {STRIDE}, {run.device}")

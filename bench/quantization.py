@@ -8,7 +8,8 @@ is judged by two figures against the unquantized weights, both in bits per byte:
 and the Kullback-Leibler divergence of its predictions on --kl-tokens, which is less noisy. The
 submissions' method is their code's: clips of five percentiles, one choice for a whole tensor, no
 step under 1/31, torch.save and lzma; ours is then given exactly as many bytes. --full-width needs
-no weights: random 11x512 matrices, rows and columns of unequal spread.
+no weights: random 11x512 matrices, rows and columns of unequal spread; with weights it means those
+of a model of that size.
 """
 
 import argparse
@@ -114,14 +115,12 @@ class Judge:
         print(f"{method:44}{size:>12,}{gap:>10.5f}{kl / math.log(2) / self.bytes:>10.5f}",
               flush=True)
 
-    def ours(self, size):
+    def ours(self, method, senses, size):
         """A row of our exporter with `size` bytes."""
         cfg = golf.replace(self.cfg, artifact_bytes=size + golf.code_bytes())
-        blob = golf.export(self.load(self.weights), self.data, cfg, self.run)
+        blob = golf.export(self.load(self.weights), senses, self.data, cfg, self.run)
         _, tensors = golf.unpack(blob, cfg, self.data.corpus["vocabulary_sha256"])
-        floor = self.run.record["artifact"][-1]["clip_floor"]
-        self.row(f"  ours, least clip {floor:.3g}", len(blob),
-                 {n: t.tensor() for n, t in tensors.items()})
+        self.row(method, len(blob), {n: t.tensor() for n, t in tensors.items()})
 
     def searched(self, size):
         """A row of the per-row clip search, its number of levels fitted to `size` bytes."""
@@ -135,7 +134,9 @@ class Judge:
 
 
 def methods(judge, bits):
-    """The table of methods."""
+    """The table of methods; returns the sensitivities."""
+    senses = golf.calibrate(judge.load(judge.weights), judge.data, judge.cfg, judge.run)
+    rounded = {n: s._replace(factor=None) for n, s in senses.items()}
     print(f"\n{'method':44}{'bytes':>12}{'gap':>10}{'KL':>10}   (bits per byte; unquantized "
           f"{judge.bpb:.5f})")
     cells, sizes = sum(w.numel() for w in judge.weights.values()), []
@@ -146,13 +147,16 @@ def methods(judge, bits):
     for size in sizes + [int(b * cells / 8) for b in bits]:
         print(f"in {size:,} bytes, {8 * size / cells:.3f} bits a parameter:")
         judge.searched(size)
-        judge.ours(size)
+        judge.ours("  ours, one step for all", {}, size)
+        judge.ours("  ours, steps by sensitivity", rounded, size)
+        judge.ours("  ours, steps by sensitivity, GPTQ", senses, size)
+    return senses
 
 
 def coders(tensors, cfg):
     """The table of coders: what each makes of the same codes, steps and float16 values."""
     plain = {n: t.codes if t.limit else t.steps for n, t in tensors.items()}
-    plain |= {f"{n}.step": t.steps for n, t in tensors.items() if t.limit}
+    plain |= {f"{n}.steps": t.steps for n, t in tensors.items() if t.limit}
     data, codes = saved(plain), [t.codes for t in tensors.values() if t.limit]
     counts = [np.unique(c, return_counts=True)[1] for c in codes]
     entropy = sum(float((n * np.log2(n.sum() / n)).sum()) / 8 for n in counts)
@@ -182,7 +186,7 @@ def coders(tensors, cfg):
 
 def full_width(cfg, run):
     """Export of random matrices of the challenge's size, with the budget binding."""
-    generator = torch.Generator().manual_seed(0)
+    generator, senses = torch.Generator().manual_seed(0), {}
     model = golf.GPT(golf.replace(cfg, mtp_num_heads=0), None)
 
     def random(*shape):
@@ -196,15 +200,17 @@ def full_width(cfg, run):
                 row, col = (0.5 * random(*cube.shape[:2], 1)).exp2(), (
                     0.5 * random(len(cube), 1, cube.size(2))).exp2()
                 cube.mul_(0.1 * row * col)
+                senses[name] = golf.Sensitivity(random(*cube.shape[:2]).exp2(),
+                                                random(len(cube), cube.size(2)).exp2(), None)
     text = argparse.Namespace(corpus=dict(vocabulary_sha256="0" * 64))
     begin = time.perf_counter()
-    blob = golf.export(model, text, cfg, run)
+    blob = golf.export(model, senses, text, cfg, run)
     middle = time.perf_counter()
     golf.unpack(blob, cfg, "0" * 64)
     print(f"full width: {len(blob) + golf.code_bytes():,} bytes with code, export "
           f"{middle - begin:.1f} s, unpack {time.perf_counter() - middle:.1f} s")
-    floor = run.record["artifact"][-1]["clip_floor"]
-    return golf.quantize(dict(model.named_parameters()), cfg, floor)
+    return golf.quantize(dict(model.named_parameters()), cfg, senses,
+                         run.record["artifact"][-1]["log2_step"])
 
 
 def main():
@@ -214,16 +220,18 @@ def main():
     parser.add_argument("--kl-tokens", type=int, default=32768)
     parser.add_argument("--full-width", action="store_true")
     args = parser.parse_args()
-    env = dict(os.environ, RUN_ID="bench-quantization")
+    # Wide codes: the number of bytes alone is the limit.
+    env = dict(os.environ, RUN_ID="bench-quantization", MATRIX_BITS="8", EMBED_BITS="8")
     cfg, _ = golf.load_config(env | (dict(SCALE="full") if args.full_width else {}))
     run = golf.Run(cfg)
-    if args.full_width:
+    if not args.weights:
         coders(full_width(cfg, run), cfg)
     else:
         data = golf.load_data(cfg, run)
         judge = Judge(safetensors.torch.load_file(args.weights), data, cfg, run, args.kl_tokens)
-        methods(judge, args.bits)
-        coders(golf.quantize(judge.weights, cfg), cfg)
+        senses = methods(judge, args.bits)
+        found = run.record["artifact"][-1]["log2_step"]
+        coders(golf.quantize(judge.weights, cfg, senses, found), cfg)
     golf.dist.destroy_process_group()
 
 

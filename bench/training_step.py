@@ -34,7 +34,7 @@ class OurStep:
         self.model, self.step = model, 1 / cfg.schedule_steps
 
     def __call__(self):
-        self.trainer.gradients(False)
+        self.trainer.gradients()
         self.optimizer.step(LR_SCALE, MOMENTUM)
         self.average.update(0.0, self.step, LR_SCALE)
 
@@ -113,7 +113,7 @@ def compare(ours, plain, bf16):
     """Gradients before any step, then weights' movement and averages after two."""
     named = dict(ours.model.named_parameters())
     before = flat(named)
-    ours.trainer.gradients(False)
+    ours.trainer.gradients()
     plain.gradients()
     check("gradients", flat({n: p.grad for n, p in named.items()}),
           flat(plain.model.like_golf(lambda p: p.grad)), 5e-2 if bf16 else 1e-4)

@@ -178,12 +178,20 @@ def test_several_ranks_audit_what_one_does(job, artifact):
             k: v for k, v in b.items() if k != "seconds"}
 
 
-def test_a_run_that_saves_its_pass_scores_the_same_bits(job, artifact, tmp_path):
-    """More hints in the neural pass must not change the score, nor what the audit says of it."""
-    saved = tmp_path / "pass.npz"
-    more = dict(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="1024", MIXER_CHUNK_TOKENS="64")
-    plain, with_pass = job(**more), job(SAVE_NEURAL_PASS=str(saved), AUDIT="strict", **more)
-    assert with_pass.returncode == 0 and with_pass.final == plain.final
-    with golf.np.load(saved) as arrays:
-        assert arrays["columns"].shape == (1024, 2 + 2 * 12)
-        assert arrays["tokens"].shape == (1025,) and arrays["byte_counts"].sum() > 1000
+def test_a_saved_pass_gives_the_same_bits_and_only_its_own(job, artifact, tmp_path):
+    """RESUME_EVAL=1 takes the pass of the same artifact, stream and windows, and no other."""
+    more = dict(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="1024", MIXER_CHUNK_TOKENS="64",
+                LOGS_PATH=str(tmp_path))
+    plain = job(**more)
+    (path,) = tmp_path.glob("neural-*.safetensors")
+    again = job(RESUME_EVAL="1", AUDIT="strict", **more)
+    assert again.returncode == 0 and again.final == plain.final
+    assert f"neural pass: {path}, made in" in again.stdout and "eval [" not in again.stdout
+    other = job(RESUME_EVAL="1", RECIPE="pr1094", **more)  # another mixer of the same pass
+    assert "eval [" not in other.stdout and "scoring:backoff_hashed" in other.final
+    for change in (dict(EVAL_STRIDE="32"), dict(VAL_TOKENS="512"), dict(EVAL_BATCH_WINDOWS="4")):
+        done = job(RESUME_EVAL="1", **more | change)
+        assert done.returncode == 0 and "so it is made now" in done.stdout, change
+    path.write_bytes(path.read_bytes()[:1000])
+    done = job(RESUME_EVAL="1", **more)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(path) in done.stderr

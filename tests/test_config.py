@@ -193,7 +193,7 @@ def test_every_recipe_resolves_at_both_scales(recipe, scale):
 
 
 def test_help_lists_every_variable_and_recipe():
-    text = golf.help_text()
+    text = golf.tool("help").help_text()
     for name in [*KNOWN, *golf.RECIPES, "DTG_ENABLED", "TTT_*"]:
         assert name in text, name
     assert all(f.metadata["meaning"] in text for f in FIELDS.values())

@@ -104,55 +104,6 @@ def test_long_windows_rescale_the_rope_base():
     assert torch.allclose(long, torch.tensor(want)) and not torch.allclose(short, long)
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager"])
-def test_qat_is_live(tiny_model, compiler):
-    cfg, model = tiny_model(matrix_bits=4)
-    forward = torch.compile(model, backend=compiler, fullgraph=True, dynamic=False) if (
-        compiler) else model
-    tokens = batch(cfg)
-    losses = [forward(tokens[:, :-1], tokens[:, 1:], qat)[0].item() for qat in (False, True, False)]
-    assert losses[0] != losses[1] and losses[0] == losses[2]
-    stored = golf.quantize(dict(model.named_parameters()), cfg)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(stored[name].tensor())
-    assert abs(model(tokens[:, :-1], tokens[:, 1:])[0].item() - losses[1]) < 2e-3
-
-
-@pytest.mark.parametrize("bits", [2, 5, 6, 8])
-def test_fake_quantization_is_the_exporters_to_the_last_bit(tiny_model, bits):
-    cfg, model = tiny_model(matrix_bits=bits)
-    with torch.no_grad():
-        model.mlp_up_bank[:, :, 0] *= 50  # an outlier in every row, which a clip may cut
-        model.kv_bank[0].zero_()
-    stored, names = golf.quantize(dict(model.named_parameters()), cfg), []
-    for name, p in model.named_parameters():
-        if limit := golf.code_limit(name, cfg):
-            fake = golf.fake_quantize(p, limit)
-            assert torch.equal(fake, stored[name].tensor()), name
-            fake.sum().backward()
-            assert torch.equal(p.grad, torch.ones_like(p))  # straight through
-            names.append(name)
-    quantized = {*golf.BANKS, *golf.EMBEDDINGS}
-    assert set(names) == quantized & stored.keys() and len(names) == 9
-
-
-def test_training_with_qat_shrinks_the_quantization_gap(tiny_model):
-    cfg, _ = tiny_model(matrix_bits=2, embed_bits=3, num_layers=2, ve_layers=(1,), xsa_last_n=2)
-    tokens, gaps = batch(cfg, 8, 33), {}
-    for qat in (False, True):
-        model = golf.GPT(cfg, golf.sdpa_attention).initialize(1)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(80):
-            optimizer.zero_grad()
-            model(tokens[:, :-1], tokens[:, 1:], qat)[0].backward()
-            optimizer.step()
-        with torch.no_grad():
-            plain, fake = (float(model(tokens[:, :-1], tokens[:, 1:], q)[0]) for q in (False, True))
-        gaps[qat] = fake - plain
-    assert gaps[True] < 0.5 * gaps[False]
-
-
 @pytest.mark.parametrize("kind", ["ema", "swa", "none"])
 def test_averages_against_their_formulas(tiny_model, kind):
     cfg, model = tiny_model(averaging=kind, schedule_steps=1000, ema_decay=0.99)

@@ -41,7 +41,7 @@ def test_every_parameter_is_in_exactly_one_group(recipe):
     owned = [id(p) for p in banks] + [id(p) for g in groups for p in g["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     assert all(p.ndim == 3 for p in banks)
-    lrs = {id(p): g["lr"] for g in groups for p in g["params"]}
+    lrs = {id(p): g["base_lr"] for g in groups for p in g["params"]}
     assert lrs[id(model.tok_emb)] == cfg.tied_embed_lr
     assert lrs[id(model.smear_gate)] == cfg.scalar_lr
     if cfg.mtp_num_heads:
@@ -105,7 +105,7 @@ def test_ten_steps_of_training_have_these_losses(data, tmp_path):
     prepare.write_shard(tmp_path / "x_train_0.bin", tokens.numpy())
     stream = golf.TokenStream([str(tmp_path / "x_train_0.bin")], cfg.vocab_size)
     cfg = golf.replace(cfg, iterations=10, schedule_steps=10, warmdown_iters=5, warmup_steps=1,
-                       late_qat_threshold=0.3, train_log_every=1, val_loss_every=0)
+                       train_log_every=1, val_loss_every=0)
     run.record["train"].clear()
     model = golf.build_model(cfg, run)
     golf.Trainer(model, corpus._replace(train=stream), cfg, run).train()

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as golf  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -49,6 +53,49 @@ def plot(record: dict) -> bytes:
     figure.savefig(image, format="png", dpi=100)
     pyplot.close(figure)
     return image.getvalue()
+
+def pictured(evaluation) -> dict:
+    """What the plot shows of an evaluation and its result lines do not."""
+    return dict(curves=curves(evaluation), matched_orders=orders(evaluation))
+
+def orders(evaluation) -> list[dict]:
+    """Targets by longest matching order, and of the calibrated mixer those with a right hint."""
+    e, out, end = evaluation, [], len(evaluation.data.val) - 1
+    if "calibrated" in e.rows:
+        inputs = e.mix_inputs(end)
+        order = inputs.hint_key // (golf.SHARES * 3 * 2**len(golf.SHORT_ORDERS))
+        out.append(dict(scoring="calibrated", count=order.bincount().tolist(),
+                        right=order[inputs.is_hint].bincount().tolist()))
+    for scoring, rule in e.rules.items():
+        spans = e.neural.grid.spans if rule.cold else [(0, end)]
+        order = torch.cat([golf.backoff_columns(
+            rule.counted(e.neural.tokens, span, e.cfg), rule.match, e.cfg).order
+            for span in spans if span[0] < span[1]])
+        out.append(dict(scoring=scoring, count=order.long().bincount().tolist()))
+    return out
+
+def curves(evaluation) -> list[dict]:
+    """The scores along the stream: bits per byte of the first k targets at 200 places."""
+    byte_counts, out = evaluation.data.table.target_bytes(evaluation.data.val).numpy(), []
+    for scoring, logp in evaluation.logp.items():
+        at = np.linspace(1, len(logp), 200).astype(int) - 1
+        bits = -logp.numpy().cumsum()[at] / np.log(2)
+        out.append(dict(scoring=scoring, targets=(at + 1).tolist(),
+                        bpb=(bits / byte_counts.cumsum()[at].clip(1)).tolist()))
+    return out
+
+def score_table(evaluation) -> list[str]:
+    """The scorings, best first, below a unigram model of the same targets for comparison."""
+    data, lines = evaluation.data, [f"{'scoring':20} {'val_bpb':>10} {'mass':>12}  normalized"]
+    counts = np.bincount(data.val[1:].numpy())
+    counts = counts[counts > 0]
+    bits = float((counts * np.log2(counts.sum() / counts)).sum())
+    for scoring, row in sorted(evaluation.rows.items(), key=lambda item: item[1]["val_bpb"]):
+        mark = "  <- headline" if scoring == evaluation.headline else ""
+        lines.append(f"{scoring:20} {row['val_bpb']:10.6f} {row['mass']:12.6g}  "
+                     f"{row['normalized']}{mark}")
+    unigram = bits / int(data.table.target_bytes(data.val).sum())
+    return [*lines, f"{'(unigram, fitted)':20} {unigram:10.6f}"]
 
 def submission(record: dict) -> bytes:
     """The run in the form of the challenge's submission.json."""

@@ -23,8 +23,7 @@ import constriction, numpy as np, safetensors.torch, sentencepiece, torch, zstan
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-# PyTorch 2.13 renames two collectives; before, only the old names exist.
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # 2.13's new names
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 # ---- Configuration and recipes -------------------------------------------------------------------
@@ -448,8 +447,9 @@ Data = collections.namedtuple("Data", "tokenizer table train val corpus")
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePiece processor at `path`; RunError if missing, foreign or of another size."""
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
-        size = tokenizer.get_piece_size()
+        proto = Path(path).read_bytes() or b"\0"  # no bytes would load as no model at all
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        size = len([tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())])  # UTF-8
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or "not a SentencePiece model"
         raise RunError(f"TOKENIZER_PATH={path}: {reason}") from None
@@ -486,9 +486,8 @@ def load_data(cfg: Config, run: Run) -> Data:
     if not usable:
         raise RunError(f"{folder}: {targets} validation targets, a window needs EVAL_SEQ_LEN="
                        f"{cfg.eval_seq_len}; give more text or lower EVAL_SEQ_LEN")
-    vocabulary = hashlib.sha256(Path(model).read_bytes()).hexdigest()
-    corpus |= dict(tokenizer=model, vocabulary_sha256=vocabulary, val_targets=usable,
-                   train_tokens=len(train) if train else 0)
+    corpus |= dict(tokenizer=model, val_targets=usable, train_tokens=len(train) if train else 0,
+                   vocabulary_sha256=hashlib.sha256(Path(model).read_bytes()).hexdigest())
     stream = torch.from_numpy(val.read(0, usable + 1))
     return Data(tokenizer, ByteTable(tokenizer), train, stream, corpus)
 
@@ -980,8 +979,8 @@ def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensit
     for n, p in params.items():
         own = [grams[n, i] for i in range(len(matrices(p))) if (n, i) in grams]
         senses[n] = Sensitivity(*sums[n], gptq_factor(torch.stack(own)) if own else None)
-    run.row("calibration", sequences=int(run.over_ranks(dist.ReduceOp.SUM, used)[0]),
-            seconds=run.sync() - started)
+    (used,), seconds = run.over_ranks(dist.ReduceOp.SUM, used), run.sync() - started
+    run.row("calibration", sequences=int(used), seconds=seconds)
     return senses
 
 def calibration_seconds(cfg: Config) -> float:
@@ -1931,7 +1930,8 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
         if run.is_main: run.save(".safetensors", {
             n: p.detach().cpu().contiguous() for n, p in model.named_parameters()})
         trainer.validate()
-    run.stage, senses = "export", calibrate(model, data, cfg, run)
+    run.stage = "export"
+    senses = calibrate(model, data, cfg, run)
     def work():
         blob = export(model, senses, data, cfg, run)
         run.save(f".int{cfg.matrix_bits}.ptz", blob)

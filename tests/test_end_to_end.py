@@ -148,11 +148,11 @@ def mixes_as_it_should(done, corpus, run):
     rules = dict(backoff_hashed=hashed, backoff_exact={}, backoff_exact_pair=dict(match="pair"))
     rows = {r["scoring"]: r for r in done.record["result"] if "sliding" in r["stage"]}
     assert rows.pop("calibrated")["normalized"] == "yes"
-    assert abs(rows.pop("neural")["val_loss"] + float(columns.logp.mean())) < 1e-9
+    assert abs(rows.pop("neural")["val_loss"] + float(columns.logp.mean())) < 1e-7
     for scoring, row in rows.items():
         losses = reference.backoff_loss(corpus.val.tolist(), columns.logp.tolist(),
                                         columns.entropy.tolist(), cfg, **rules[scoring])
-        assert abs(row["val_loss"] - sum(losses) / len(losses)) < 1e-9, scoring
+        assert abs(row["val_loss"] - sum(losses) / len(losses)) < 1e-7, scoring
         bits = torch.tensor(losses).sum() / golf.math.log(2)
         assert abs(row["val_bpb"] - float(bits) / row["bytes"]) < 1e-6
 

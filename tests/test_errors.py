@@ -136,6 +136,77 @@ def test_one_line_that_helps(job, variables, words):
     check(job(**variables), *words)
 
 
+def bad_input(kind, shards, tmp_path):
+    """(variables, words) of a run on one kind of bad data."""
+    good = shards(train=[5] * 9999, val=[5] * 999)
+    path = golf.Path(good["DATA_PATH"]) / "x_val_000000.bin"
+    blob, file = path.read_bytes(), tmp_path / "file"
+    own = dict(
+        no_shards=(None, dict(DATA_PATH=str(tmp_path)), ["hf download", "TEXT_FILES"]),
+        magic=(b"\0" + blob[1:], {}, [str(path), "magic", "20240520"]),
+        version=(blob[:4] + b"\7" + blob[5:], {}, [str(path), "version 7"]),
+        short=(blob[:-1], {}, [str(path), "3022 bytes, the file has 3021"]),
+        long=(blob + b"\0\0", {}, [str(path), "3022 bytes, the file has 3024"]),
+        vocabulary=(None, shards(train=[5] * 9999, val=[5, 512] * 500), ["token 512", "512"]),
+        no_tokenizer=(None, dict(TOKENIZER_PATH="none.model"), ["none.model", "No such file"]),
+        foreign_tokenizer=(None, dict(TOKENIZER_PATH=str(file)), [str(file), "SentencePiece"]),
+        empty_tokenizer=(None, dict(TOKENIZER_PATH=str(file)), [str(file), "SentencePiece"]),
+        size_of_tokenizer=(None, dict(VOCAB_SIZE="600"), ["512 pieces", "VOCAB_SIZE is 600"]),
+        short_validation=(None, shards(train=[5] * 9999, val=[5] * 64), ["63", "EVAL_SEQ_LEN=64"]),
+        short_training=(None, shards(train=[5] * 1536, val=[5] * 999), ["1536", "1537"]))
+    changed, variables, words = own[kind]
+    file.write_bytes(b"" if kind == "empty_tokenizer" else b"not a model")
+    path.write_bytes(changed or blob)
+    return good | variables, words
+
+
+@pytest.mark.parametrize("kind", [
+    "no_shards", "magic", "version", "short", "long", "vocabulary", "no_tokenizer",
+    "foreign_tokenizer", "empty_tokenizer", "size_of_tokenizer", "short_validation",
+    "short_training"])
+def test_bad_data_is_one_line_before_training(job, shards, tmp_path, kind):
+    variables, words = bad_input(kind, shards, tmp_path)
+    done = job(**variables)
+    check(done, *words)
+    assert "warmup" not in done.stdout and "model parameters" not in done.stdout
+
+
+def test_bad_data_is_one_line_on_several_ranks(job, shards, tmp_path):
+    variables, words = bad_input("magic", shards, tmp_path)
+    check(job(2, **variables), *words)
+
+
+OUT_OF_MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+import train_gpt as golf
+def full(*_):
+    raise golf.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+{where} = full
+sys.exit(golf.main())
+"""
+
+
+@pytest.mark.parametrize("where, stage, saved", [
+    ("golf.Trainer.gradients", "training", "saved so far: nothing"),
+    ("golf.calibrate", "export", "golf-demo-1337.safetensors"),
+    ("golf.stream_columns", "evaluation", "golf-demo-1337.int6.ptz"),
+    ("golf.scan_ngrams", "evaluation", "neural-")])
+def test_out_of_memory_names_the_stage_and_what_was_saved(workplace, tmp_path, where, stage, saved):
+    """A CUDA device's lack of memory, raised where it would be."""
+    import os
+    import subprocess
+    import sys
+    code = OUT_OF_MEMORY.format(root=str(golf.Path(golf.__file__).parent), where=where)
+    env = dict(PATH=os.environ["PATH"], OMP_NUM_THREADS="1") | workplace[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=workplace[0], text=True,
+                          capture_output=True, env=env | dict(
+                              LOGS_PATH=str(tmp_path), MICRO_BATCH_TOKENS="1536"))
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"error: out of device memory during {stage}: ")
+    assert "MICRO_BATCH_TOKENS" in line and "EVAL_BATCH_WINDOWS" in line and saved in line
+
+
 def test_debug_shows_the_traceback(job):
     done = job(NUM_HEADS="5", DEBUG="1")
     assert done.returncode != 0 and "Traceback" in done.stderr and "RunError" in done.stderr
@@ -151,6 +222,16 @@ def test_an_error_on_another_rank_is_told_by_the_first(job, shards):
     write_shard(golf.Path(variables["DATA_PATH"]) / "x_train_000001.bin",
                      np.array([5] * 3000 + [600]))
     check(job(2, TRAIN_BATCH_TOKENS="128", **variables), "x_train_000001.bin", "token 600")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda blob: blob[:-7], ["truncated or damaged"]), (lambda blob: b"", ["not one of ours"]),
+    (lambda blob: b"PK\3\4" + blob, ["not one of ours"]),
+    (lambda blob: blob[:8] + b"\1" + blob[9:], ["format version 1"])])
+def test_artifacts_that_are_none(job, trained, tmp_path, change, words):
+    blob = (trained.logs / "golf-demo-1337.int6.ptz").read_bytes()
+    (tmp_path / "bad.ptz").write_bytes(change(blob))
+    check(job(LOAD_ARTIFACT=str(tmp_path / "bad.ptz")), "artifact", *words)
 
 
 def test_artifacts_of_another_vocabulary_and_damaged(job, trained, text_folder, tmp_path):
@@ -177,7 +258,7 @@ def test_a_lone_file_asks_for_shards(tmp_path, shards):
 
     done = run(TEXT_FILES="*.py")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "hf download" in done.stderr and "tools/" in done.stderr
+    assert "tools/prepare_text.py" in done.stderr
     tokens = np.arange(40_000) % 400 + 4
     variables = shards(train=tokens, val=tokens[:1000])
     tiny = {k: v for k, v in TINY.items() if k not in ("VAL_TOKENS", "SCALE")}

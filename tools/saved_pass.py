@@ -15,7 +15,7 @@ import train_gpt as golf
 
 
 def place(evaluation, artifact: str) -> str:
-    """Path, without suffix, of the pass of an artifact (its SHA-256) over the evaluation's stream."""
+    """Path, without suffix, of the pass of an artifact (its SHA-256) over an evaluation's stream."""
     cfg, tokens = evaluation.cfg, evaluation.data.val.numpy()
     settings = [cfg.eval_seq_len, cfg.eval_stride, cfg.eval_batch_windows, cfg.ngram_enabled,
                 cfg.mixer_max_order, evaluation.run.device.type]
@@ -24,8 +24,10 @@ def place(evaluation, artifact: str) -> str:
 
 
 def save(evaluation, artifact: str, columns, seconds: float) -> None:
-    """Keep a pass, on rank 0."""
+    """Keep a pass, on rank 0, unless the very same is kept already."""
     data = evaluation.data
+    if Path(place(evaluation, artifact) + ".safetensors").exists():
+        return
     evaluation.run.save(".safetensors", dict(
         columns=columns, tokens=data.val, byte_counts=data.table.target_bytes(data.val),
         seconds=torch.tensor(seconds)), place(evaluation, artifact))
@@ -38,6 +40,9 @@ def load(evaluation, artifact: str) -> bool:
         evaluation.run.log(f"neural pass: no {path}, so it is made now")
         return False
     saved = golf.read_weights(path)
+    if not saved.keys() >= {"columns", "seconds"} or saved["columns"].shape != (
+            len(evaluation.data.val) - 1, len(golf.NeuralColumns._fields)):
+        raise golf.RunError(f"{path}: not the neural pass that its name says; delete it")
     evaluation.columns = golf.NeuralColumns(*saved["columns"].unbind(1))
     evaluation.earlier_seconds = float(saved["seconds"])
     evaluation.run.log(f"neural pass: {path}, made in {evaluation.earlier_seconds:.1f} s")

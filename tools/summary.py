@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME = ("recipe", "scale")  # of the configuration; besides scoring, corpus and code
-SHIPPED = ("train_gpt.py", "requirements.txt", "tools/report.py", "tools/prepare_text.py")
+SHIPPED = ("train_gpt.py", "requirements.txt", *(
+    f"tools/{p.name}" for p in sorted(ROOT.glob("tools/*.py")) if p != Path(__file__).resolve()))
 
 class SummaryError(Exception):
     """Bad input: one line for the user."""

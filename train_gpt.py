@@ -1183,20 +1183,20 @@ def export(model: GPT, senses: dict, data: Data, cfg: Config, run: Run) -> bytes
     cells, budget = sum(w.numel() for w in cubes.values()), cfg.artifact_bytes - code_bytes()
     if cfg.compressor == "ans": budget = min(budget, sum(w.numel() * (
         cfg.embed_bits if n in EMBEDDINGS else cfg.matrix_bits) for n, w in cubes.items()) // 8)
-    (low, high), found, blob = (FINEST, -FINEST), FINEST, attempt(FINEST)
+    started, (low, high), found, blob = run.sync(), (FINEST, -FINEST), FINEST, attempt(FINEST)
     middle = 2.9 - 8 * budget / cells  # a Gaussian's bits: E log2 |w / step| + 2.9
     for n, w in cubes.items():
-        step = cell_steps(step_logs(0 * w, 1, senses.get(n), 0.0), w.size(1))
-        middle += float((w / step).abs().clamp(min=1e-30).log2().sum()) / cells
+        size = (w / cell_steps(step_logs(0 * w, 1, senses.get(n), 0.0), w.size(1))).abs()
+        middle += float(size.clamp(min=1e-30).log2().sum()) / cells
     for _ in range(EXPORT_TRIALS if len(blob) > budget else 0):
         trial = attempt(middle := middle if low < middle < high else (low + high) / 2)
         if len(trial) <= budget or len(trial) < len(blob): blob, found = trial, middle
         if 0 <= budget - len(trial) < 5e-4 * budget: break
         low, high = (low, middle) if len(trial) <= budget else (middle, high)
         middle += 8 * (len(trial) - 0.9998 * budget) / cells  # an octave is a bit a code
-    count = sum(w.numel() for w in weights.values())
     run.row("artifact", artifact_bytes=len(blob), code_bytes=code_bytes(), log2_step=found,
-            compressor=cfg.compressor, bits_per_parameter=8 * len(blob) / count)
+            compressor=cfg.compressor, bits_per_parameter=8 * len(blob) / sum(
+                w.numel() for w in weights.values()), seconds=run.sync() - started)
     return blob
 
 def code_bytes() -> int:
@@ -1984,13 +1984,13 @@ def main() -> int:
         return status
     except (RunError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("DEBUG", "0") == "1": raise
-        message, broken = str(error), isinstance(error, dist.DistError) or "gloo" in str(error)
+        message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             message = (f"out of device memory during {run.stage}: lower MICRO_BATCH_TOKENS or "
                        f"EVAL_BATCH_WINDOWS; saved so far: {', '.join(run.saved) or 'nothing'}")
             is_main = True
-        elif broken and run and run.world > 1 and tool("roll_call"):
-            message, is_main = tool("roll_call").dead_ranks(run)
+        elif run and run.world > 1 and tool("roll_call") and (
+                found := tool("roll_call").dead_ranks(run, error)): message, is_main = found
         elif isinstance(error, RuntimeError): raise
         if is_main: print(f"error: {message}", file=sys.stderr, flush=True)
         return 2

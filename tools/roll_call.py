@@ -5,10 +5,15 @@ import time
 import torch.distributed as dist
 
 WAIT_SECONDS = 3.0  # torchrun leaves a rank 30 s when another has died
+GLOO = "gloo", "pair closure"  # words of its errors, which are no class of their own
 
 
-def dead_ranks(run) -> tuple[str, bool]:
-    """(a line that names the ranks that do not answer, whether this rank is to print it)."""
+def dead_ranks(run, error) -> tuple[str, bool] | None:
+    """(a line that names the ranks that do not answer, whether this rank is to print it); None if
+    the error is not a collective's."""
+    if not isinstance(error, dist.DistError) and not (
+            isinstance(error, RuntimeError) and any(word in str(error) for word in GLOO)):
+        return None
     alive = {run.rank}
     try:
         store = dist.distributed_c10d._get_default_store()

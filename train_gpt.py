@@ -985,7 +985,7 @@ def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensit
 
 def calibration_seconds(cfg: Config) -> float:
     """Part of the cap on training time that calibration may take; 0 without a cap."""
-    return min(cfg.gptq_seconds, cfg.max_wallclock_seconds / 10)
+    return min(cfg.gptq_seconds, cfg.max_wallclock_seconds / 40)
 
 def gptq_factor(gram: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped gram (M,cols,cols)."""
@@ -1180,14 +1180,14 @@ def export(model: GPT, senses: dict, data: Data, cfg: Config, run: Run) -> bytes
     attempt = lambda log_step: pack(  # noqa: E731
         quantize(weights, cfg, senses, log_step), cfg, data.corpus["vocabulary_sha256"])
     cubes = {n: matrices(w).float() for n, w in weights.items() if code_limit(n, cfg)}
-    cells, budget = sum(w.numel() for w in cubes.values()), cfg.artifact_bytes - code_bytes()
+    budget = cfg.artifact_bytes - code_bytes()
     if cfg.compressor == "ans": budget = min(budget, sum(w.numel() * (
         cfg.embed_bits if n in EMBEDDINGS else cfg.matrix_bits) for n, w in cubes.items()) // 8)
     started, (low, high), found, blob = run.sync(), (FINEST, -FINEST), FINEST, attempt(FINEST)
-    middle = 2.9 - 8 * budget / cells  # a Gaussian's bits: E log2 |w / step| + 2.9
-    for n, w in cubes.items():
-        size = (w / cell_steps(step_logs(0 * w, 1, senses.get(n), 0.0), w.size(1))).abs()
-        middle += float(size.clamp(min=1e-30).log2().sum()) / cells
+    sizes = torch.cat([(w / cell_steps(step_logs(0 * w, 1, senses.get(n), 0.0), w.size(1))).abs()
+                       .flatten() for n, w in cubes.items()])
+    sizes = sizes[sizes > 0].log2()  # zeros cost little, the others E log2 |w / step| + 2.9 bits
+    middle, cells = float(sizes.mean()) + 2.9 - 8 * budget / (len(sizes) or 1), len(sizes) or 1
     for _ in range(EXPORT_TRIALS if len(blob) > budget else 0):
         trial = attempt(middle := middle if low < middle < high else (low + high) / 2)
         if len(trial) <= budget or len(trial) < len(blob): blob, found = trial, middle

@@ -239,6 +239,18 @@ def test_bits_of_ans_are_an_average(data, tiny_model, bits):
     assert 0.98 * bits * cells <= 8 * len(blob) <= bits * cells
 
 
+def test_many_zeros_do_not_mislead_the_search(data, tiny_model):
+    """Embeddings that no text has touched are zero, and cost next to nothing."""
+    cfg, run, corpus = data
+    _, model = tiny_model()
+    with torch.no_grad():
+        for name in ("bigram_emb", "value_emb", "tok_emb", "mlp_up_bank"):
+            golf.matrices(getattr(model, name))[:, 3:] = 0
+    budget = len(golf.export(model, {}, corpus, golf.replace(cfg, matrix_bits=8), run)) * 3 // 4
+    other = golf.replace(cfg, matrix_bits=8, artifact_bytes=golf.code_bytes() + budget)
+    assert 0.97 * budget <= len(golf.export(model, {}, corpus, other, run)) <= budget
+
+
 def test_a_model_that_cannot_fit_is_the_smallest_there_is(data, tiny_model):
     """...and the budget line says by how much it is over."""
     cfg, run, corpus = data

@@ -153,14 +153,16 @@ def test_steps_follow_the_fourth_root_of_what_errors_cost():
 
 def test_gptq_lowers_the_error_of_outputs():
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, 500, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
-    w, step = torch.randn(2, 16, 24, generator=generator), torch.full((2, 16, 24), 0.3)
+    n = 150  # columns: errors travel inside blocks of 64, and beyond
+    x = torch.randn(2, 500, n, generator=generator) @ torch.randn(n, n, generator=generator)
+    w, step = torch.randn(2, 16, n, generator=generator), torch.full((2, 16, n), 0.3)
 
     def error(factor):
         codes = golf.round_codes(w, step, 127, factor)
         assert torch.equal(codes, codes.round()) and codes.abs().max() <= 127
         return ((w - codes * step) @ x.mT).square().sum()
-    assert error(golf.gptq_factor(x.mT @ x)) < 0.6 * error(None)
+    gptq = error(golf.gptq_factor(x.mT @ x)) / error(None)
+    assert gptq < 0.5, gptq
 
 
 def test_calibration_measures_gradients_and_inputs(data, tiny_model):

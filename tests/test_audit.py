@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -122,6 +123,20 @@ def test_an_unknown_token_among_the_targets_is_found(data, artifact, monkeypatch
     evaluation.data = evaluation.data._replace(val=val)
     row = golf.audit_bytes(evaluation)
     assert not row["passed"] and row["unknown_targets"] == 1 and corpus_unknown > 0
+
+
+def test_only_the_streams_end_may_cut_a_character(data):
+    """A character of byte pieces, whole or cut off by the end, balances; cut off before, not."""
+    corpus = data[2]
+    whole = [golf.BOS, *corpus.tokenizer.encode("plain \N{SNOWMAN}")]
+    assert all(map(corpus.tokenizer.is_byte, whole[-3:]))
+
+    def row(*tokens):
+        val = torch.tensor([t for part in tokens for t in part])
+        return golf.audit_bytes(types.SimpleNamespace(data=corpus._replace(val=val)))
+    assert row(whole, whole)["passed"] and row(whole, whole[:-1])["passed"]
+    cut = row(whole[:-1], whole)
+    assert not cut["passed"] and cut["wrong_documents"] == 1
 
 
 def test_a_message_decodes_in_another_process_from_artifact_and_message(

@@ -1908,7 +1908,7 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     if report := tool("report"):
         for line in report.score_table(evaluation): run.log(line)
         run.record |= report.pictured(evaluation)
-        run.save(".png", report.plot(run.record))
+        if picture := report.plot(run.record): run.save(".png", picture)
         run.save(".submission.json", report.submission(run.record))
     run.save(".json", json.dumps(run.record, indent=1).encode())
     run.row("final", **final)

@@ -29,8 +29,9 @@ class Checkpoint:
         for p in optimizer.small:
             p.grad = torch.zeros_like(p)
         optimizer.adam.step()  # its state exists from here on; groups begin with lr 0
-        for state in optimizer.adam.state.values():
-            state["step"].zero_()
+        for p in optimizer.small:
+            p.grad = None
+            optimizer.adam.state[p]["step"].zero_()
         # A resumed run takes a free name for its log but goes on with the checkpoint of RUN_ID.
         self.base = f"{cfg.logs_path}/{cfg.run_id}" if cfg.resume else ""
         if cfg.resume:

@@ -13,15 +13,13 @@ import argparse
 import contextlib
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as golf
+from common import golf
 
 CHUNK, FAR = 8192, 2**40
 LEVELS = len(golf.SHORT_ORDERS)  # of the document, before those of the stream
@@ -50,59 +48,107 @@ def inputs(tokens, neural, max_order=12, near=256, documents=golf.SHORT_ORDERS):
     return golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:]), distance
 
 
-def table(path, near, max_order):
-    """Print a pass's score by every rule."""
-    tokens, sizes, neural = load(path)
-    size, half = len(sizes), len(sizes) // 2
-    parts = dict(all=slice(0, size), first=slice(0, half), second=slice(half, size))
+class Table:
+    """A saved pass, and its scores by every rule, a printed line each."""
 
-    def bpb(logp, part):
-        return -float(logp[part].sum()) / math.log(2) / float(sizes[part].sum())
+    def __init__(self, path, near, max_order):
+        self.tokens, self.sizes, self.neural = load(path)
+        self.near, self.max_order = near, max_order
+        size, half = len(self.sizes), len(self.sizes) // 2
+        self.parts = (slice(0, size), slice(0, half), slice(half, size))
+        names = ("bpb", "1st half", "2nd half", "gain", "1st half", "2nd half", "s")
+        print(f"\n{path}: {size} targets, window {near}")
+        print(f"{'rule':42}" + "".join(f"{name:>9}" for name in names))
 
-    def row(name, logp, seconds=0.0):
-        cells = [bpb(logp, p) for p in parts.values()]
-        gains = [bpb(neural.logp, p) - c for p, c in zip(parts.values(), cells)]
-        print(f"{name:42}" + "".join(f"{c:9.4f}" for c in cells)
-              + "".join(f"{g:9.4f}" for g in gains) + f"{seconds:8.2f}", flush=True)
+    def bpb(self, logp):
+        """Bits per byte of all targets, of the first half and of the second."""
+        return [
+            -float(logp[part].sum()) / math.log(2) / float(self.sizes[part].sum())
+            for part in self.parts
+        ]
 
-    def calibrated(name, edit=lambda x: x, chunk=CHUNK, constants=(), **options):
+    def row(self, name, logp, seconds=0.0):
+        """Print a rule's line."""
+        cells = self.bpb(logp)
+        gains = [a - b for a, b in zip(self.bpb(self.neural.logp), cells, strict=True)]
+        numbers = "".join(f"{x:9.4f}" for x in cells + gains)
+        print(f"{name:42}{numbers}{seconds:8.2f}", flush=True)
+
+    def backoff(self, recipe):
+        """A row of a recipe's rule with exact counts."""
+        cfg, _ = golf.load_config(dict(RECIPE=recipe))
+        started = time.perf_counter()
+        counted = golf.Rule().counted(self.tokens, (0, len(self.sizes)), cfg)
+        part = golf.backoff_columns(counted, "context", cfg)
+        logp = golf.backoff_logp(self.neural.logp, self.neural.entropy, part, cfg)
+        self.row(f"backoff {recipe}, exact counts", logp, time.perf_counter() - started)
+
+    def calibrated(self, name, edit=lambda x: x, chunk=CHUNK, constants=(), **options):
+        """A row of the calibrated mixer; (its scores, the distance of each hint's context)."""
         with contextlib.ExitStack() as stack:
             for constant, value in dict(constants).items():
                 stack.enter_context(mock.patch.object(golf, constant, value))
-            x, distance = inputs(tokens, neural, max_order, **(dict(near=near) | options))
+            options = dict(near=self.near) | options
+            x, distance = inputs(self.tokens, self.neural, self.max_order, **options)
             started = time.perf_counter()
             logp, _ = golf.mix(edit(x), chunk)
-            row(name, logp, time.perf_counter() - started)
-        return logp, x, distance
+            self.row(name, logp, time.perf_counter() - started)
+        return logp, distance
 
-    print(f"\n{path}: {size} targets, window {near}\n{'rule':42}" + "".join(
-        f"{h:>9}" for h in ("bpb", "1st half", "2nd half", "gain", "1st half", "2nd half", "s")))
-    row("network alone", neural.logp)
+
+def ablations(table):
+    """Rows of the calibrated mixer without each of its parts, and with other constants."""
+    table.calibrated("  chunks of 1,024", chunk=1024)
+    table.calibrated("  hint alone", lambda x: x._replace(level_key=x.level_key * 0))
+    table.calibrated("  interpolation alone", lambda x: x._replace(hint_key=x.hint_key * 0))
+    table.calibrated("  without the document's levels", documents=())
+    table.calibrated("  without distance", near=FAR)
+    table.calibrated("  without entropy bins", constants=dict(ENTROPIES=1))
+    table.calibrated(
+        "  without agreement of short hints", lambda x: x._replace(hint_key=x.hint_key // 8 * 8)
+    )
+    table.calibrated("  hint prior 5", constants=dict(HINT_PRIOR=5.0))
+    table.calibrated("  hint prior 20", constants=dict(HINT_PRIOR=20.0))
+    table.calibrated("  level prior 0.05, 1", constants=dict(LEVEL_PRIOR=(0.05, 1.0)))
+    table.calibrated("  level prior 0.2, 4", constants=dict(LEVEL_PRIOR=(0.2, 4.0)))
+
+
+def gain_by_distance(gain, distance, near):
+    """Print how much of the gain in bits (N,) comes with hints from how far."""
+    groups = {
+        "within the window": (distance > 0) & (distance < near),
+        "beyond it": distance >= near,
+        "none": distance == 0,
+    }
+    for name, where in groups.items():
+        print(
+            f"hint {name:18}{100 * float(where.double().mean()):6.1f} % of targets, gain "
+            f"{float(gain[where].mean()):.4f} bits a target, "
+            f"{float(gain[where].sum() / gain.sum()) * 100:.1f} % of the whole gain"
+        )
+
+
+def compare(path, near, max_order):
+    """Print a pass's score by every rule."""
+    table = Table(path, near, max_order)
+    table.row("network alone", table.neural.logp)
     for recipe in ("pr889", "pr890", "pr1094"):
-        cfg, _ = golf.load_config(dict(RECIPE=recipe))
-        started = time.perf_counter()
-        part = golf.backoff_columns(golf.Rule().counted(tokens, (0, size), cfg), "context", cfg)
-        row(f"backoff {recipe}, exact counts",
-            golf.backoff_logp(neural.logp, neural.entropy, part, cfg), time.perf_counter() - started)
-    best, x, distance = calibrated("calibrated")
-    calibrated("  chunks of 1,024", chunk=1024)
-    calibrated("  hint alone", lambda x: x._replace(level_key=x.level_key * 0))
-    calibrated("  interpolation alone", lambda x: x._replace(hint_key=x.hint_key * 0))
-    calibrated("  without the document's levels", documents=())
-    calibrated("  without distance", near=FAR)
-    calibrated("  without entropy bins", constants=dict(ENTROPIES=1))
-    calibrated("  without agreement of short hints", lambda x: x._replace(
-        hint_key=x.hint_key // 8 * 8))
-    calibrated("  hint prior 5", constants=dict(HINT_PRIOR=5.0))
-    calibrated("  hint prior 20", constants=dict(HINT_PRIOR=20.0))
-    calibrated("  level prior 0.05, 1", constants=dict(LEVEL_PRIOR=(0.05, 1.0)))
-    calibrated("  level prior 0.2, 4", constants=dict(LEVEL_PRIOR=(0.2, 4.0)))
-    gain = (best - neural.logp) / math.log(2)
-    for name, where in (("within the window", (distance > 0) & (distance < near)),
-                        ("beyond it", distance >= near), ("none", distance == 0)):
-        print(f"hint {name:18}{100 * float(where.double().mean()):6.1f} % of targets, gain "
-              f"{float(gain[where].mean()):.4f} bits a target, "
-              f"{float(gain[where].sum() / gain.sum()) * 100:.1f} % of the whole gain")
+        table.backoff(recipe)
+    best, distance = table.calibrated("calibrated")
+    ablations(table)
+    gain_by_distance((best - table.neural.logp) / math.log(2), distance, near)
+
+
+def neural_columns(logp, tokens, hints):
+    """(n,4) of NeuralColumns, of log-probabilities (n,V), targets (n,) and hints (n,)."""
+    y = hints.long().clamp(min=0)[:, None]
+    columns = [
+        logp.gather(1, tokens[:, None])[:, 0],
+        -(logp.exp() * logp).sum(-1),
+        logp.gather(1, y)[:, 0],
+        logp.scatter(1, y, -math.inf).logsumexp(-1),
+    ]
+    return torch.stack(columns, 1)
 
 
 def noise(count, vocab_size=1024, sigma=2.0, block=8192):
@@ -114,24 +160,24 @@ def noise(count, vocab_size=1024, sigma=2.0, block=8192):
         size = min(block, count - begin)
         return (sigma * torch.randn(size, vocab_size, generator=own)).double().log_softmax(-1)
 
-    tokens = torch.cat([torch.tensor([golf.BOS]), *(
-        torch.multinomial(logp_of(b).exp(), 1, generator=draw)[:, 0]
-        for b in range(0, count, block))])
+    tokens = [torch.tensor([golf.BOS])]
+    for b in range(0, count, block):
+        tokens.append(torch.multinomial(logp_of(b).exp(), 1, generator=draw)[:, 0])
+    tokens = torch.cat(tokens)
     ngram = golf.stream_columns(tokens, (0, count), golf.replace(golf.Config(), mixer_max_order=12))
     neural = []
     for b in range(0, count, block):
-        logp, part = logp_of(b), slice(b, min(b + block, count))
-        y = ngram.hint[part].long().clamp(min=0)[:, None]
-        neural.append(torch.stack([
-            logp.gather(1, tokens[1:][part, None])[:, 0], -(logp.exp() * logp).sum(-1),
-            logp.gather(1, y)[:, 0], logp.scatter(1, y, -math.inf).logsumexp(-1)], 1))
+        part = slice(b, min(b + block, count))
+        neural.append(neural_columns(logp_of(b), tokens[1:][part], ngram.hint[part]))
     neural = golf.NeuralColumns(*torch.cat(neural).unbind(1))
     x = golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:])
     for chunk in (8192, 1024):
         logp, _ = golf.mix(x, chunk)
         cost = (neural.logp - logp) / math.log(2)
-        print(f"{count} tokens of noise, chunks of {chunk}: {float(cost.mean()):+.5f} bits a token "
-              f"(first tenth {float(cost[:count // 10].mean()):+.5f})")
+        print(
+            f"{count} tokens of noise, chunks of {chunk}: {float(cost.mean()):+.5f} bits a token "
+            f"(first tenth {float(cost[: count // 10].mean()):+.5f})"
+        )
 
 
 def masses(count):
@@ -149,8 +195,10 @@ def masses(count):
         evaluation.score(scoring, 0.0)
     evaluation.masses()
     for scoring, row in evaluation.rows.items():
-        print(f"{scoring:20} mass {row['mass']:.9g}, largest |mass - 1| {row['mass_error']:.2g}, "
-              f"largest difference to the score given {row['score_error']:.2g} nats")
+        print(
+            f"{scoring:20} mass {row['mass']:.9g}, largest |mass - 1| {row['mass_error']:.2g}, "
+            f"largest difference to the score given {row['score_error']:.2g} nats"
+        )
 
 
 def main():
@@ -163,7 +211,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     for path in options.passes:
-        table(path, options.near, options.max_order)
+        compare(path, options.near, options.max_order)
     if options.noise:
         noise(options.noise)
     if options.masses:

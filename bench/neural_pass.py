@@ -15,13 +15,25 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
 from common import (
-    alternate, arguments, check, cuda_figures, forward_flops, golf, profile, scales, setup)
+    alternate,
+    arguments,
+    check,
+    cuda_figures,
+    forward_flops,
+    golf,
+    profile,
+    scales,
+    setup,
+)
 
 BATCHES, STRIDE = 4, 64
 
+
 class PlainPass:
     """Sliding-window scores of a CPU stream (N+1,), by a loop over windows."""
+
     def __init__(self, model, stream, hints, cfg, run):
         self.model, self.stream, self.hints, self.cfg = model, stream, hints, cfg
         self.windows = list(golf.windows(len(stream) - 1, cfg.eval_seq_len, cfg.eval_stride))
@@ -32,7 +44,7 @@ class PlainPass:
         """(N,4) float32: log p of the target, entropy, log p and log(1 - p) of the hint."""
         size, out = self.cfg.eval_batch_windows, []
         for first in range(0, len(self.windows), size):
-            out += self.batch(self.windows[first:first + size])
+            out += self.batch(self.windows[first : first + size])
         return torch.cat(out)
 
     def batch(self, windows):
@@ -41,20 +53,23 @@ class PlainPass:
         x = torch.zeros(len(windows), length, dtype=torch.int64, device=device)
         y = torch.zeros_like(x)
         for i, (start, _, end) in enumerate(windows):
-            chunk = self.stream[start:end + 1].to(device)
-            x[i, :end - start], y[i, :end - start] = chunk[:-1], chunk[1:]
+            chunk = self.stream[start : end + 1].to(device)
+            x[i, : end - start], y[i, : end - start] = chunk[:-1], chunk[1:]
         logits = self.logits(x)
-        nats = F.cross_entropy(logits.reshape(-1, logits.size(-1)).float(), y.reshape(-1),
-                               reduction="none").reshape(x.shape)
+        nats = F.cross_entropy(
+            logits.reshape(-1, logits.size(-1)).float(), y.reshape(-1), reduction="none"
+        ).reshape(x.shape)
         out = []
         for i, (start, first, end) in enumerate(windows):
             scored = slice(first - start, end - start)
             logp = F.log_softmax(logits[i, scored].float(), dim=-1)
             entropy = -(logp.exp() * logp).sum(dim=-1)
             hint = logp.gather(-1, self.hints[first:end, None]).squeeze(-1)
-            out.append(torch.stack([-nats[i, scored], entropy, hint,
-                                    torch.log1p(-hint.exp())], dim=-1))
+            out.append(
+                torch.stack([-nats[i, scored], entropy, hint, torch.log1p(-hint.exp())], dim=-1)
+            )
         return out
+
 
 def bench(scale, args):
     """Check and time one scale; prints."""
@@ -64,26 +79,30 @@ def bench(scale, args):
     stream = torch.randint(0, cfg.vocab_size, (targets + 1,), generator=generator)
     hints = torch.randint(0, cfg.vocab_size, (targets,), generator=generator).to(run.device)
     ours = golf.NeuralPass(model, SimpleNamespace(val=stream), cfg, run, STRIDE)
-    work = dict(ours=lambda: ours.columns(hints),
-                plain=PlainPass(plain_model, stream, hints, cfg, run))
+    work = dict(
+        ours=lambda: ours.columns(hints), plain=PlainPass(plain_model, stream, hints, cfg, run)
+    )
     count = len(work["plain"].windows)
     print(f"{scale}: {count} windows of {cfg.eval_seq_len} that score {STRIDE}, {run.device}")
-    for name, a, b in zip(golf.NeuralColumns._fields, work["ours"]().unbind(1),
-                          work["plain"]().unbind(1)):
-        check(name, a, b, 2e-2 if model.compute_dtype == torch.bfloat16 else 1e-4)
+    sides = (work[side]().unbind(1) for side in ("ours", "plain"))
+    tolerance = 2e-2 if model.compute_dtype == torch.bfloat16 else 1e-4
+    for name, a, b in zip(golf.NeuralColumns._fields, *sides, strict=True):
+        check(name, a, b, tolerance)
     middle, peak = alternate(f"neural_pass {scale} {run.device.type}", run, work, args)
     if scale == "full":
         last = dict(ours=STRIDE, plain=cfg.eval_seq_len)
-        cuda_figures(middle, peak, {side: count * forward_flops(cfg, cfg.eval_seq_len, k)
-                                    for side, k in last.items()})
+        flops = {s: count * forward_flops(cfg, cfg.eval_seq_len, k) for s, k in last.items()}
+        cuda_figures(middle, peak, flops)
     if args.profile:
         profile(work, run)
     golf.dist.destroy_process_group()
+
 
 def main():
     args = arguments(__doc__)
     for scale in scales():
         bench(scale, args)
+
 
 if __name__ == "__main__":
     main()

@@ -12,15 +12,12 @@ longest match only, ours every column of every order.
 import argparse
 import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import count_ngrams
+from common import golf
 
 MAX_ORDER, BUCKETS, WINDOW, MIN_COUNT, VOCAB = 10, 2**22, 32, 2, 1024
 PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 174763, 233017), dtype=np.int64)
@@ -46,11 +43,15 @@ def make_stream(total, seed=0):
         return flat[np.repeat(begins, lengths) + steps]
 
     words = [zipf(size, VOCAB - 2, 0.8) + 2 for size in rng.integers(1, 7, 30_000)]
-    phrases = [concatenate(zipf(size, len(words), 1.0), words)
-               for size in rng.integers(2, 10, 200_000)]
+    phrases = [
+        concatenate(zipf(size, len(words), 1.0), words) for size in rng.integers(2, 10, 200_000)
+    ]
     draws = total // 3 + 100
-    items = np.where(rng.random(draws) < 0.7, zipf(draws, len(words), 1.0),
-                     len(words) + zipf(draws, len(phrases), 0.8))
+    items = np.where(
+        rng.random(draws) < 0.7,
+        zipf(draws, len(words), 1.0),
+        len(words) + zipf(draws, len(phrases), 0.8),
+    )
     return concatenate(items, words + phrases)[:total].astype(np.int32)
 
 
@@ -59,7 +60,7 @@ def per_window(tokens):
     tokens, mask = tokens.astype(np.int64), BUCKETS - 1
     context_tables = np.zeros((MAX_ORDER + 1, BUCKETS), dtype=np.uint32)
     pair_tables = np.zeros_like(context_tables)
-    best = np.zeros((len(tokens), 3), dtype=np.int64)      # order, context count, pair count
+    best = np.zeros((len(tokens), 3), dtype=np.int64)  # order, context count, pair count
     for begin in range(1, len(tokens), WINDOW):
         targets = np.arange(begin, min(begin + WINDOW, len(tokens)))
         rows = {}
@@ -94,7 +95,8 @@ def seconds(work, repeats, device):
 
 
 def count_all(tokens, **options):
-    for _ in count_ngrams(tokens, MAX_ORDER, **options):
+    """Our counts of every order, thrown away."""
+    for _ in golf.count_ngrams(tokens, MAX_ORDER, **options):
         pass
 
 
@@ -104,36 +106,54 @@ def load_tokens(path):
     return tokens.astype(np.int32)
 
 
-def main():
+def bench(tokens, mode, options, slow, repeats):
+    """Time our counts of a stream; prints the table's line."""
+    device = tokens.device.type
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    speed = len(tokens) / seconds(lambda: count_all(tokens, **options), repeats, device)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"{device:8}{len(tokens):12,}  {mode:18}{speed / 1e6:12.2f}"
+        f"{speed / slow:14.1f}{peak / 1e9:8.2f}",
+        flush=True,
+    )
+
+
+def arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 2, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens")
     parser.add_argument("--window-tokens", type=int, default=200_000)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
     sizes = {"cpu": args.sizes, "cuda": [*args.sizes, 62.0]}
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     longest = int(1e6 * max(sizes[devices[-1]]))
     stream = load_tokens(args.tokens) if args.tokens else make_stream(longest)
 
-    sample = stream[:args.window_tokens]
+    sample = stream[: args.window_tokens]
     slow = len(sample) / seconds(lambda: per_window(sample), 1, "cpu")
     print(f"per-window numpy tables, {len(sample)} tokens: {slow / 1e6:.4f} M tokens/s")
-    modes = {"exact": {}, "hashed": {"buckets": BUCKETS},
-             "hashed, windows": {"buckets": BUCKETS, "granularity": 64, "first": 2048}}
+    modes = {
+        "exact": {},
+        "hashed": {"buckets": BUCKETS},
+        "hashed, windows": {"buckets": BUCKETS, "granularity": 64, "first": 2048},
+    }
     print(f"{'device':8}{'tokens':>12}  {'mode':18}{'M tokens/s':>12}{'x per-window':>14}{'GB':>8}")
     for device in devices:
         for size in sizes[device]:
-            tokens = torch.from_numpy(stream[:int(size * 1e6)]).to(device)
+            tokens = torch.from_numpy(stream[: int(size * 1e6)]).to(device)
             for mode, options in modes.items():
-                if device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                speed = len(tokens) / seconds(
-                    lambda t=tokens, o=options: count_all(t, **o), args.repeats, device)
-                peak = torch.cuda.max_memory_allocated() if device == "cuda" else \
-                    1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                print(f"{device:8}{len(tokens):12,}  {mode:18}{speed / 1e6:12.2f}"
-                      f"{speed / slow:14.1f}{peak / 1e9:8.2f}", flush=True)
+                bench(tokens, mode, options, slow, args.repeats)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ import io
 import lzma
 import math
 import os
-import sys
 import time
-from pathlib import Path
 
 import brotli
 import numpy as np
@@ -27,8 +25,7 @@ import safetensors.torch
 import torch
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as golf
+from common import golf
 
 PERCENTILES = 0.999, 0.9995, 0.9999, 0.99999, 1.0  # the submissions'
 
@@ -79,19 +76,21 @@ def clip_search(weights, limit, floor, per_row):
 def ans_bytes(stored, weights):
     """Size of codes and float16 tensors with our coder."""
     codes = {n: t for n, t in stored.items() if t.dtype == torch.int8}
-    side, words = golf.ans_encode([t.view(-1, *weights[n].shape[-2:]).numpy()
-                                   for n, t in codes.items()])
+    side, words = golf.ans_encode(
+        [t.view(-1, *weights[n].shape[-2:]).numpy() for n, t in codes.items()]
+    )
     rest = b"".join(t.numpy().tobytes() for n, t in stored.items() if n not in codes)
     return len(words) + len(lzma.compress(side + rest, preset=9))
 
 
 class Judge:
     """val_bpb and predictions of weights against the unquantized ones."""
+
     def __init__(self, weights, data, cfg, run, kl_tokens):
         self.model, self.data, self.cfg, self.run = golf.build_model(cfg, run), data, cfg, run
         self.weights = weights
         self.tokens = torch.as_tensor(data.val[:kl_tokens]).view(-1, cfg.eval_seq_len).long()
-        self.bytes = int(data.table.target_bytes(data.val[:kl_tokens + 1]).sum())
+        self.bytes = int(data.table.target_bytes(data.val[: kl_tokens + 1]).sum())
         self.bpb, self.reference = self.val_bpb(weights), self.predictions()
 
     def load(self, weights):
@@ -106,14 +105,14 @@ class Judge:
     @torch.no_grad()
     def predictions(self):
         device = self.run.device
-        return torch.cat([self.model.logits(x.to(device)).log_softmax(-1).cpu()
-                          for x in self.tokens.split(self.cfg.eval_batch_windows)])
+        batches = self.tokens.split(self.cfg.eval_batch_windows)
+        return torch.cat([self.model.logits(x.to(device)).log_softmax(-1).cpu() for x in batches])
 
     def row(self, method, size, weights):
         gap, other = self.val_bpb(weights) - self.bpb, self.predictions()
         kl = float((self.reference.exp() * (self.reference - other)).sum(dtype=torch.double))
-        print(f"{method:44}{size:>12,}{gap:>10.5f}{kl / math.log(2) / self.bytes:>10.5f}",
-              flush=True)
+        bits = kl / math.log(2) / self.bytes
+        print(f"{method:44}{size:>12,}{gap:>10.5f}{bits:>10.5f}", flush=True)
 
     def ours(self, method, senses, size):
         """A row of our exporter with `size` bytes."""
@@ -137,8 +136,10 @@ def methods(judge, bits):
     """The table of methods; returns the sensitivities."""
     senses = golf.calibrate(judge.load(judge.weights), judge.data, judge.cfg, judge.run)
     rounded = {n: s._replace(factor=None) for n, s in senses.items()}
-    print(f"\n{'method':44}{'bytes':>12}{'gap':>10}{'KL':>10}   (bits per byte; unquantized "
-          f"{judge.bpb:.5f})")
+    print(
+        f"\n{'method':44}{'bytes':>12}{'gap':>10}{'KL':>10}   (bits per byte; unquantized "
+        f"{judge.bpb:.5f})"
+    )
     cells, sizes = sum(w.numel() for w in judge.weights.values()), []
     for limit, name in ((31, "int6"), (15, "int5")):
         stored, back = clip_search(judge.weights, limit, True, False)
@@ -163,14 +164,21 @@ def coders(tensors, cfg):
     rows = {
         "torch.save + lzma-9": (lambda: lzma.compress(data, preset=9), lzma.decompress),
         "torch.save + zstd-22": (lambda: zstandard.compress(data, 22), zstandard.decompress),
-        "byte shuffle + brotli-11": (lambda: brotli.compress(shuffled(data), quality=11),
-                                     brotli.decompress)}
+        "byte shuffle + brotli-11": (
+            lambda: brotli.compress(shuffled(data), quality=11),
+            brotli.decompress,
+        ),
+    }
     for method in ("lzma", "zstd", "ans"):
         other = golf.replace(cfg, compressor=method)
-        rows[f"ours, COMPRESSOR={method}"] = (lambda c=other: golf.pack(tensors, c, "0" * 64),
-                                              lambda blob, c=other: golf.unpack(blob, c, "0" * 64))
-    print(f"\n{'coder, on equal codes':44}{'bytes':>12}{'of first':>10}{'encode s':>10}"
-          f"{'decode s':>10}")
+        rows[f"ours, COMPRESSOR={method}"] = (
+            lambda c=other: golf.pack(tensors, c, "0" * 64),
+            lambda blob, c=other: golf.unpack(blob, c, "0" * 64),
+        )
+    print(
+        f"\n{'coder, on equal codes':44}{'bytes':>12}{'of first':>10}{'encode s':>10}"
+        f"{'decode s':>10}"
+    )
     first = None
     for name, (encode, decode) in rows.items():
         begin = time.perf_counter()
@@ -178,10 +186,15 @@ def coders(tensors, cfg):
         middle = time.perf_counter()
         decode(blob)
         first = first or len(blob)
-        print(f"{name:44}{len(blob):>12,}{len(blob) / first:>10.4f}{middle - begin:>10.2f}"
-              f"{time.perf_counter() - middle:>10.2f}", flush=True)
-    print(f"{'order-0 entropy of each tensor, codes alone':44}{entropy:>12,.0f}"
-          f"{entropy / first:>10.4f}")
+        print(
+            f"{name:44}{len(blob):>12,}{len(blob) / first:>10.4f}{middle - begin:>10.2f}"
+            f"{time.perf_counter() - middle:>10.2f}",
+            flush=True,
+        )
+    print(
+        f"{'order-0 entropy of each tensor, codes alone':44}{entropy:>12,.0f}"
+        f"{entropy / first:>10.4f}"
+    )
 
 
 def full_width(cfg, run):
@@ -197,20 +210,24 @@ def full_width(cfg, run):
             p.copy_(random(*p.shape))
             if name in golf.BANKS + golf.EMBEDDINGS:
                 cube = p.view(-1, *p.shape[-2:])
-                row, col = (0.5 * random(*cube.shape[:2], 1)).exp2(), (
-                    0.5 * random(len(cube), 1, cube.size(2))).exp2()
+                row = (0.5 * random(*cube.shape[:2], 1)).exp2()
+                col = (0.5 * random(len(cube), 1, cube.size(2))).exp2()
                 cube.mul_(0.1 * row * col)
-                senses[name] = golf.Sensitivity(random(*cube.shape[:2]).exp2(),
-                                                random(len(cube), cube.size(2)).exp2(), None)
+                senses[name] = golf.Sensitivity(
+                    random(*cube.shape[:2]).exp2(), random(len(cube), cube.size(2)).exp2(), None
+                )
     text = argparse.Namespace(corpus=dict(vocabulary_sha256="0" * 64))
     begin = time.perf_counter()
     blob = golf.export(model, senses, text, cfg, run)
     middle = time.perf_counter()
     golf.unpack(blob, cfg, "0" * 64)
-    print(f"full width: {len(blob) + golf.code_bytes():,} bytes with code, export "
-          f"{middle - begin:.1f} s, unpack {time.perf_counter() - middle:.1f} s")
-    return golf.quantize(dict(model.named_parameters()), cfg, senses,
-                         run.record["artifact"][-1]["log2_step"])
+    print(
+        f"full width: {len(blob) + golf.code_bytes():,} bytes with code, export "
+        f"{middle - begin:.1f} s, unpack {time.perf_counter() - middle:.1f} s"
+    )
+    return golf.quantize(
+        dict(model.named_parameters()), cfg, senses, run.record["artifact"][-1]["log2_step"]
+    )
 
 
 def main():

@@ -17,16 +17,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import (
-    FULL_TOKENS, alternate, arguments, check, cuda_figures, forward_flops, golf, profile, scales,
-    setup)
 
+from common import (
+    FULL_TOKENS,
+    alternate,
+    arguments,
+    check,
+    cuda_figures,
+    forward_flops,
+    golf,
+    profile,
+    scales,
+    setup,
+)
 from tools.prepare_text import write_shard
 
 MOMENTUM, LR_SCALE = 0.95, 1.0
 
+
 class OurStep:
     """A step as Trainer.train takes it."""
+
     def __init__(self, model, data, cfg, run):
         self.trainer = golf.Trainer(model, data, cfg, run)
         self.optimizer = golf.Optimizer(model, cfg, run)
@@ -40,7 +51,9 @@ class OurStep:
 
     def averages(self):
         """{name: averaged weight}."""
-        return dict(zip(dict(self.model.named_parameters()), self.average.average))
+        names = (name for name, _ in self.model.named_parameters())
+        return dict(zip(names, self.average.average, strict=True))
+
 
 def plain_newton_schulz(g, steps):
     """One matrix (rows, cols), roughly orthogonalized."""
@@ -55,12 +68,14 @@ def plain_newton_schulz(g, steps):
         x = a * x + B @ x
     return (x.T if g.size(0) > g.size(1) else x).to(g.dtype)
 
+
 class PlainStep:
     """A step of the plain network, parameter by parameter."""
+
     def __init__(self, model, data, cfg, run):
         self.model, self.cfg = model, cfg
-        self.loader, self.forward = golf.TrainLoader(data.train, cfg, run), golf.compiled(
-            model, cfg, run)
+        self.loader = golf.TrainLoader(data.train, cfg, run)
+        self.forward = golf.compiled(model, cfg, run)
         self.matrices, groups = [], {}
         for name, p in model.named_parameters():
             if p.ndim == 2 and not name.endswith(("emb", "skip_weights", "resid_mix")):
@@ -70,8 +85,13 @@ class PlainStep:
                 groups.setdefault(lr, []).append(p)
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
         self.adam = torch.optim.AdamW(
-            [dict(params=ps, lr=lr) for lr, ps in groups.items()], betas=(cfg.beta1, cfg.beta2),
-            eps=cfg.adam_eps, weight_decay=cfg.adam_wd, foreach=False, fused=False)
+            [dict(params=ps, lr=lr) for lr, ps in groups.items()],
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps,
+            weight_decay=cfg.adam_wd,
+            foreach=False,
+            fused=False,
+        )
         self.ema = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         self.steps = 0
 
@@ -82,7 +102,7 @@ class PlainStep:
     @torch.no_grad()
     def muon(self):
         cfg, lr = self.cfg, self.cfg.matrix_lr * LR_SCALE
-        for p, momentum in zip(self.matrices, self.momenta):
+        for p, momentum in zip(self.matrices, self.momenta, strict=True):
             momentum.mul_(MOMENTUM).add_(p.grad)
             direction = p.grad.add(momentum, alpha=MOMENTUM)
             direction = plain_newton_schulz(direction, cfg.muon_backend_steps)
@@ -103,11 +123,13 @@ class PlainStep:
     def averages(self):
         """{name: averaged weight} in golf's names, freed from the bias of the start at zero."""
         of = {id(p): self.ema[name] for name, p in self.model.named_parameters()}
-        return self.model.like_golf(lambda p: of[id(p)] / (1 - self.cfg.ema_decay ** self.steps))
+        return self.model.like_golf(lambda p: of[id(p)] / (1 - self.cfg.ema_decay**self.steps))
+
 
 def flat(tensors):
     """One vector of a {name: tensor}, in the order of names."""
     return torch.cat([tensors[name].detach().flatten().float() for name in sorted(tensors)])
+
 
 def compare(ours, plain, bf16):
     """Gradients before any step, then weights' movement and averages after two."""
@@ -115,21 +137,29 @@ def compare(ours, plain, bf16):
     before = flat(named)
     ours.trainer.gradients()
     plain.gradients()
-    check("gradients", flat({n: p.grad for n, p in named.items()}),
-          flat(plain.model.like_golf(lambda p: p.grad)), 5e-2 if bf16 else 1e-4)
+    check(
+        "gradients",
+        flat({n: p.grad for n, p in named.items()}),
+        flat(plain.model.like_golf(lambda p: p.grad)),
+        5e-2 if bf16 else 1e-4,
+    )
     for step in (ours, plain):
         step.model.zero_grad(set_to_none=True)
         step()
         step()
-    check("movement of the weights", flat(named) - before,
-          flat(plain.model.like_golf()) - before, 1e-1 if bf16 else 1e-2)
-    check("averaged weights", flat(ours.averages()), flat(plain.averages()),
-          1e-2 if bf16 else 1e-4)
+    check(
+        "movement of the weights",
+        flat(named) - before,
+        flat(plain.model.like_golf()) - before,
+        1e-1 if bf16 else 1e-2,
+    )
+    check("averaged weights", flat(ours.averages()), flat(plain.averages()), 1e-2 if bf16 else 1e-4)
+
 
 def bench(scale, folder, args):
     """Check and time one scale; prints."""
-    cfg, run, model, plain_model = setup(
-        scale, **dict(train_batch_tokens=FULL_TOKENS) if scale == "full" else {})
+    sizes = dict(train_batch_tokens=FULL_TOKENS) if scale == "full" else {}
+    cfg, run, model, plain_model = setup(scale, **sizes)
     print(f"{scale}: {cfg.train_batch_tokens} tokens of {cfg.train_seq_len}, {run.device}")
     path = Path(folder, f"{scale}.bin")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 9 * cfg.train_batch_tokens)
@@ -147,11 +177,13 @@ def bench(scale, folder, args):
         profile(work, run)
     golf.dist.destroy_process_group()
 
+
 def main():
     args = arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         for scale in scales():
             bench(scale, folder, args)
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Shared fixtures: a small corpus of real text, and runs through the real command line."""
 
 import json
@@ -14,21 +13,37 @@ import pytest
 import torch
 from hypothesis import settings
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import train_gpt as golf
+
+ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("golf", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("golf")
 
 # A network of seconds: every mechanism is there, the sizes are not.
-TINY = dict(SCALE="demo", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", ROPE_DIMS="4",
-            TRAIN_SEQ_LEN="64", EVAL_SEQ_LEN="64", EVAL_STRIDE="16", TRAIN_BATCH_TOKENS="1536",
-            VAL_TOKENS="4096", VOCAB_SIZE="512", BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8",
-            VE_DIM="8", EVAL_BATCH_WINDOWS="8", ITERATIONS="6", MAX_WALLCLOCK_SECONDS="0",
-            NGRAM_BUCKETS="1024", MIXER_CHUNK_TOKENS="256", AUDIT="0",
-            AUTHOR="a tester")
+TINY = dict(
+    SCALE="demo",
+    MODEL_DIM="32",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="2",
+    ROPE_DIMS="4",
+    TRAIN_SEQ_LEN="64",
+    EVAL_SEQ_LEN="64",
+    EVAL_STRIDE="16",
+    TRAIN_BATCH_TOKENS="1536",
+    VAL_TOKENS="4096",
+    VOCAB_SIZE="512",
+    BIGRAM_VOCAB_SIZE="64",
+    BIGRAM_DIM="8",
+    VE_DIM="8",
+    EVAL_BATCH_WINDOWS="8",
+    ITERATIONS="6",
+    MAX_WALLCLOCK_SECONDS="0",
+    NGRAM_BUCKETS="1024",
+    MIXER_CHUNK_TOKENS="256",
+    AUDIT="0",
+    AUTHOR="a tester",
+)
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +51,8 @@ def text_folder(tmp_path_factory):
     """A folder with 40 text files: sources of Python's own email and json packages."""
     folder = tmp_path_factory.mktemp("text")
     library = Path(os.__file__).parent
-    paths = sorted([*library.glob("email/*.py"), *library.glob("json/*.py"),
-                    *library.glob("logging/*.py"), *library.glob("http/*.py")])
-    for path in paths:
+    packages = ("email", "json", "logging", "http")
+    for path in sorted(p for name in packages for p in library.glob(f"{name}/*.py")):
         (folder / f"{path.parent.name}_{path.stem}.txt").write_bytes(path.read_bytes())
     return folder
 
@@ -47,8 +61,8 @@ def text_folder(tmp_path_factory):
 def workplace(text_folder, tmp_path_factory):
     """A folder to run in, and the environment of a tiny run there."""
     folder = tmp_path_factory.mktemp("work")
-    return folder, TINY | dict(TEXT_FILES=f"{text_folder}/*.txt",
-                               PREPARED_PATH=str(folder / "data"))
+    paths = dict(TEXT_FILES=f"{text_folder}/*.txt", PREPARED_PATH=str(folder / "data"))
+    return folder, TINY | paths
 
 
 @pytest.fixture(scope="session")
@@ -61,11 +75,18 @@ def job(workplace):
         logs = folder / f"logs{next(count)}"
         env = {k: v for k, v in (base | variables).items() if k not in drop}
         env = {"PATH": os.environ["PATH"], "LOGS_PATH": str(logs), "OMP_NUM_THREADS": "1"} | env
-        launch = [sys.executable] if processes == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={processes}"]
-        process = subprocess.Popen([*launch, str(ROOT / "train_gpt.py")], cwd=folder, env=env,
-                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        launch = [sys.executable]
+        if processes > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone"]
+            launch += [f"--nproc_per_node={processes}"]
+        process = subprocess.Popen(
+            [*launch, str(ROOT / "train_gpt.py")],
+            cwd=folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         if not wait:
             return process
         out, err = process.communicate(timeout=300)
@@ -104,6 +125,7 @@ def data(workplace, run):
 def tiny_model():
     """tiny_model(**config values) -> (Config, initialized GPT) with every option's parameters
     away from their starting zeros, so that each of them matters."""
+
     def make(**values):
         cfg, _ = golf.load_config(TINY)
         cfg = golf.replace(cfg, **values)
@@ -114,4 +136,5 @@ def tiny_model():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
         return cfg, model
+
     return make

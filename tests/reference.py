@@ -33,7 +33,7 @@ def count(tokens, order, buckets=0, granularity=1, first=None, primes=(1,)):
             j, counted = counted, counted + 1
             if j < n:
                 continue
-            context = tokens[j - n:j]
+            context = tokens[j - n : j]
             contexts[key_of(context, primes, buckets)] += 1
             pairs[key_of([*context, tokens[j]], primes, buckets)] += 1
             followers[tuple(context)][tokens[j]] += 1
@@ -41,20 +41,22 @@ def count(tokens, order, buckets=0, granularity=1, first=None, primes=(1,)):
         if i < n:
             rows.append((0, 0, 0, -1, 0, 0))
             continue
-        context = tokens[i - n:i]
+        context = tokens[i - n : i]
         place = latest.get(tuple(context))
         hint, distance = (-1, 0) if place is None else (tokens[place], i - place)
-        rows.append((contexts[key_of(context, primes, buckets)],
-                     pairs[key_of([*context, tokens[i]], primes, buckets)],
-                     len(followers[tuple(context)]), hint, followers[tuple(context)][hint],
-                     distance))
+        seen = contexts[key_of(context, primes, buckets)]
+        same = pairs[key_of([*context, tokens[i]], primes, buckets)]
+        after = followers[tuple(context)]
+        rows.append((seen, same, len(after), hint, after[hint], distance))
     return rows
 
 
 def backoff_loss(tokens, logp, entropy, cfg, *, buckets=0, match="context", granularity=1, first=1):
     """Nats of each target by a recipe's rule, written from its description."""
-    tables = {n: count(tokens, n, buckets, granularity, first, cfg.ngram_primes)
-              for n in range(1, cfg.ngram_max_order + 1)}
+    tables = {
+        n: count(tokens, n, buckets, granularity, first, cfg.ngram_primes)
+        for n in range(1, cfg.ngram_max_order + 1)
+    }
     losses = []
     for target in range(len(tokens) - 1):
         network, chosen = math.exp(logp[target]), None

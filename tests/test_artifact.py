@@ -1,6 +1,7 @@
 """Quantization and the artifact: identity, budgets, and damage that is always one clear error."""
 
 import hashlib
+import itertools
 import json
 import math
 
@@ -46,28 +47,54 @@ def test_unpack_gives_back_what_was_packed(tiny_model, compressor, bits, values)
     assert golf.pack(got, cfg, VOCABULARY) == blob
 
 
-SMALL = dict(model_dim=16, num_heads=2, num_kv_heads=1, num_layers=2, rope_dims=4, vocab_size=260,
-             bigram_vocab_size=8, bigram_dim=8, ve_dim=8, ve_layers=(1,), xsa_last_n=1)
+SMALL = dict(
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    num_layers=2,
+    rope_dims=4,
+    vocab_size=260,
+    bigram_vocab_size=8,
+    bigram_dim=8,
+    ve_dim=8,
+    ve_layers=(1,),
+    xsa_last_n=1,
+)
 ROWS = {
     "zeros": lambda row, scale: torch.zeros_like(row),
     "constant": lambda row, scale: torch.full_like(row, scale),
     "normal": lambda row, scale: scale * row,
-    "outlier": lambda row, scale: torch.cat([row[:-1], row.new_tensor([1000 * scale])])}
+    "outlier": lambda row, scale: torch.cat([row[:-1], row.new_tensor([1000 * scale])]),
+}
 
 
-@given(st.sampled_from(["ans", "zstd", "lzma"]), st.integers(2, 8), st.integers(2, 8),
-       st.lists(st.tuples(st.sampled_from(list(ROWS)), st.sampled_from(
-           [1.0, -0.02, 1e-9, 3e4, 1e34])), min_size=1, max_size=7), st.integers(0, 99))
+@given(
+    st.sampled_from(["ans", "zstd", "lzma"]),
+    st.integers(2, 8),
+    st.integers(2, 8),
+    st.lists(
+        st.tuples(st.sampled_from(list(ROWS)), st.sampled_from([1.0, -0.02, 1e-9, 3e4, 1e34])),
+        min_size=1,
+        max_size=7,
+    ),
+    st.integers(0, 99),
+)
 def test_unpack_gives_back_any_values(compressor, matrix_bits, embed_bits, kinds, seed):
     """Rows of every kind, side by side, in every tensor."""
-    cfg = golf.replace(golf.Config(), compressor=compressor, matrix_bits=matrix_bits,
-                       embed_bits=embed_bits, **SMALL)
+    cfg = golf.replace(
+        golf.Config(),
+        compressor=compressor,
+        matrix_bits=matrix_bits,
+        embed_bits=embed_bits,
+        **SMALL,
+    )
     model, generator = golf.GPT(cfg, None), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             rows = torch.randn(p.shape, generator=generator).view(-1, p.shape[-1])
-            p.copy_(torch.stack([ROWS[kind](row, scale) for row, (kind, scale) in zip(
-                rows, kinds * len(rows))]).view_as(p))
+            own = zip(rows, itertools.cycle(kinds), strict=False)
+            changed = [ROWS[kind](row, scale) for row, (kind, scale) in own]
+            p.copy_(torch.stack(changed).view_as(p))
     tensors, blob = packed(model, cfg)
     _, got = golf.unpack(blob, golf.Config(), VOCABULARY)
     assert list(got) == list(tensors)
@@ -80,13 +107,14 @@ def test_unpack_gives_back_any_values(compressor, matrix_bits, embed_bits, kinds
 @given(st.data())
 @settings(max_examples=60)
 def test_ans_codes_of_any_shape(data):
-    shapes = data.draw(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20)),
-                                min_size=1, max_size=5))
+    shape = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20))
+    shapes = data.draw(st.lists(shape, min_size=1, max_size=5))
     limits = [data.draw(st.sampled_from([1, 15, 31, 127])) for _ in shapes]
     rng = np.random.RandomState(data.draw(st.integers(0, 1000)))
-    codes = [rng.randint(-q, q + 1, s).astype(np.int8) for s, q in zip(shapes, limits)]
+    sizes = zip(shapes, limits, strict=True)
+    codes = [rng.randint(-q, q + 1, shape).astype(np.int8) for shape, q in sizes]
     side, words = golf.ans_encode(codes)
-    for a, b in zip(golf.ans_decode(side, words, shapes), codes):
+    for a, b in zip(golf.ans_decode(side, words, shapes), codes, strict=True):
         assert np.array_equal(a, b.ravel())
 
 
@@ -101,7 +129,8 @@ def random_senses(model, gptq=True, seed=0):
             senses[name] = golf.Sensitivity(
                 torch.rand(m, r, generator=generator) ** 4,
                 torch.rand(m, c, generator=generator) ** 4,
-                golf.gptq_factor(x.mT @ x) if gptq else None)
+                golf.gptq_factor(x.mT @ x) if gptq else None,
+            )
     return senses
 
 
@@ -127,14 +156,17 @@ def test_rounding_is_within_half_a_step(tiny_model, compressor, bits):
     for log_step in (golf.FINEST, -6.0):
         tensors = golf.quantize(dict(model.named_parameters()), cfg, senses, log_step)
         for name, p in model.named_parameters():
-            if stored := tensors[name].limit and tensors[name]:
-                cube = golf.matrices(p.detach())
-                row, col = np.split(stored.steps.astype(float), [cube.size(1)], 1)
-                steps = torch.from_numpy(2 ** ((row[:, :, None] + col[:, None, :]) / 4))
-                error = stored.tensor().view_as(cube) - cube
-                assert (error.abs() <= 0.5001 * steps).all(), name
-                assert np.abs(stored.codes).max() <= stored.limit == (
-                    127 if compressor == "ans" or name in golf.EMBEDDINGS else 2 ** (bits - 1) - 1)
+            stored = tensors[name]
+            if not stored.limit:
+                continue
+            cube = golf.matrices(p.detach())
+            row, col = np.split(stored.steps.astype(float), [cube.size(1)], 1)
+            steps = torch.from_numpy(2 ** ((row[:, :, None] + col[:, None, :]) / 4))
+            error = stored.tensor().view_as(cube) - cube
+            assert (error.abs() <= 0.5001 * steps).all(), name
+            wide = compressor == "ans" or name in golf.EMBEDDINGS
+            assert stored.limit == (127 if wide else 2 ** (bits - 1) - 1)
+            assert np.abs(stored.codes).max() <= stored.limit
 
 
 def test_steps_follow_the_fourth_root_of_what_errors_cost():
@@ -161,6 +193,7 @@ def test_gptq_lowers_the_error_of_outputs():
         codes = golf.round_codes(w, step, 127, factor)
         assert torch.equal(codes, codes.round()) and codes.abs().max() <= 127
         return ((w - codes * step) @ x.mT).square().sum()
+
     gptq = error(golf.gptq_factor(x.mT @ x)) / error(None)
     assert gptq < 0.5, gptq
 
@@ -175,10 +208,12 @@ def test_calibration_measures_gradients_and_inputs(data, tiny_model):
     assert all(p.grad is None for p in model.parameters())
     assert run.record["calibration"][-1]["sequences"] == golf.CALIBRATION_SEQUENCES
     loader = golf.TrainLoader(corpus.train, cfg, run)
-    batches = [torch.cat(part)[:golf.CALIBRATION_SEQUENCES].split(1) for part in zip(*(
-        loader.next_batch() for _ in range(3)))]
+    batches = [
+        torch.cat(part)[: golf.CALIBRATION_SEQUENCES].split(1)
+        for part in zip(*(loader.next_batch() for _ in range(3)), strict=True)
+    ]
     want, gram = {n: torch.zeros_like(p) for n, p in params.items()}, 0.0
-    for x, y in zip(*batches):
+    for x, y in zip(*batches, strict=True):
         model(x, y)[0].backward()
         states = model.trunk(model.weights(), x, x.size(1)).detach().flatten(0, 1)
         gram = gram + states.mT @ states  # the head's inputs
@@ -235,8 +270,8 @@ def test_the_budget_is_filled(data, tiny_model, known, compressor):
 def test_bits_of_ans_are_an_average(data, tiny_model, bits):
     cfg, run, corpus = data
     _, model = tiny_model()
-    blob = golf.export(model, random_senses(model), corpus, golf.replace(
-        cfg, matrix_bits=bits, embed_bits=bits), run)
+    wide = golf.replace(cfg, matrix_bits=bits, embed_bits=bits)
+    blob = golf.export(model, random_senses(model), corpus, wide, run)
     cells = sum(p.numel() for n, p in model.named_parameters() if golf.code_limit(n, cfg))
     assert 0.98 * bits * cells <= 8 * len(blob) <= bits * cells
 
@@ -273,15 +308,15 @@ def blob(request):
 def test_damage_is_one_clear_error(blob, data):
     kind = data.draw(st.sampled_from(["cut", "flip", "extend", "random", "prefix + random"]))
     if kind == "cut":
-        bad = blob[:data.draw(st.integers(0, len(blob) - 1))]
+        bad = blob[: data.draw(st.integers(0, len(blob) - 1))]
     elif kind == "flip":
         at = data.draw(st.integers(0, len(blob) - 1))
-        bad = blob[:at] + bytes([blob[at] ^ (1 << data.draw(st.integers(0, 7)))]) + blob[at + 1:]
+        bad = blob[:at] + bytes([blob[at] ^ (1 << data.draw(st.integers(0, 7)))]) + blob[at + 1 :]
     elif kind == "extend":
         bad = blob + data.draw(st.binary(min_size=1, max_size=40))
     else:
         bad = data.draw(st.binary(max_size=300))
-        bad = blob[:golf.PREFIX.size] + bad if kind.startswith("prefix") else bad
+        bad = blob[: golf.PREFIX.size] + bad if kind.startswith("prefix") else bad
     with pytest.raises(golf.RunError, match="^artifact: "):
         golf.unpack(bad, golf.Config(), VOCABULARY)
 
@@ -289,9 +324,9 @@ def test_damage_is_one_clear_error(blob, data):
 def opened(blob):
     """(header, section, words) of an artifact."""
     size = golf.PREFIX.unpack_from(blob)[2]
-    header = json.loads(blob[golf.PREFIX.size:golf.PREFIX.size + size])
-    payload = blob[golf.PREFIX.size + size:]
-    return header, payload[:header["section_bytes"]], payload[header["section_bytes"]:]
+    header = json.loads(blob[golf.PREFIX.size : golf.PREFIX.size + size])
+    payload = blob[golf.PREFIX.size + size :]
+    return header, payload[: header["section_bytes"]], payload[header["section_bytes"] :]
 
 
 def sealed(header, section, words):
@@ -318,11 +353,15 @@ def test_a_forged_payload_is_numbers_or_one_clear_error(blob, data):
     if kind == "section":
         section = spoil(section)
     elif kind == "inside":
-        plain = golf.lzma.decompress(section) if method == "lzma" else (
-            golf.zstandard.ZstdDecompressor().stream_reader(section).read())
+        if method == "lzma":
+            plain = golf.lzma.decompress(section)
+        else:
+            plain = golf.zstandard.ZstdDecompressor().stream_reader(section).read()
         section = golf.compress(spoil(plain), method)
+    elif kind == "words":
+        words = spoil(words)
     else:
-        words = dict(words=spoil(words)).get(kind, words + bytes(4) if "zero" in kind else b"")
+        words = words + bytes(4) if kind == "zero word" else b""
     header["section_bytes"] = len(section)
     try:
         _, tensors = golf.unpack(sealed(header, section, words), golf.Config(), VOCABULARY)
@@ -332,11 +371,25 @@ def test_a_forged_payload_is_numbers_or_one_clear_error(blob, data):
         assert all(torch.isfinite(t.tensor()).all() for t in tensors.values())
 
 
-@pytest.mark.parametrize("change", [
-    dict(model_dim=1 << 40), dict(num_layers="__import__('os')"), dict(num_heads=3),
-    dict(num_heads=0), dict(num_layers=None), dict(ve_layers=[1, 1]), dict(ve_layers=[7]),
-    dict(mlp_mult=math.nan), dict(mlp_mult=math.inf), dict(vocab_size=-1),
-    dict(matrix_bits=1), dict(ln_scale=3), dict(rope_dims=[])], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(model_dim=1 << 40),
+        dict(num_layers="__import__('os')"),
+        dict(num_heads=3),
+        dict(num_heads=0),
+        dict(num_layers=None),
+        dict(ve_layers=[1, 1]),
+        dict(ve_layers=[7]),
+        dict(mlp_mult=math.nan),
+        dict(mlp_mult=math.inf),
+        dict(vocab_size=-1),
+        dict(matrix_bits=1),
+        dict(ln_scale=3),
+        dict(rope_dims=[]),
+    ],
+    ids=str,
+)
 def test_another_architecture_is_refused(blob, change):
     header, *payload = opened(blob)
     header["architecture"].update(change)
@@ -344,13 +397,30 @@ def test_another_architecture_is_refused(blob, change):
         golf.unpack(sealed(header, *payload), golf.Config(), VOCABULARY)
 
 
-@pytest.mark.parametrize("change", [
-    dict(section_bytes=-1), dict(section_bytes=1 << 60), dict(section_bytes=10),
-    dict(section_bytes="10"), dict(section_bytes=10.5), dict(section_bytes=math.inf),
-    dict(section_bytes=None), dict(vocabulary=None), dict(vocabulary=""), dict(tensors=[]),
-    dict(tensors=[["evil", [1], 0]]), dict(tensors=[["kv_bank", [1 << 40], 31]]),
-    dict(tensors="x"), dict(compressor="pickle"), dict(compressor=["ans"]), dict(architecture=7),
-    dict(architecture={}), dict(architecture=[])], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(section_bytes=-1),
+        dict(section_bytes=1 << 60),
+        dict(section_bytes=10),
+        dict(section_bytes="10"),
+        dict(section_bytes=10.5),
+        dict(section_bytes=math.inf),
+        dict(section_bytes=None),
+        dict(vocabulary=None),
+        dict(vocabulary=""),
+        dict(tensors=[]),
+        dict(tensors=[["evil", [1], 0]]),
+        dict(tensors=[["kv_bank", [1 << 40], 31]]),
+        dict(tensors="x"),
+        dict(compressor="pickle"),
+        dict(compressor=["ans"]),
+        dict(architecture=7),
+        dict(architecture={}),
+        dict(architecture=[]),
+    ],
+    ids=str,
+)
 def test_lying_headers_are_refused(blob, change):
     header, *payload = opened(blob)
     with pytest.raises(golf.RunError, match="^artifact: "):
@@ -366,7 +436,9 @@ def test_headers_that_are_no_header_are_refused(blob, header):
 def test_other_version_vocabulary_and_file(blob):
     version = golf.PREFIX.pack(golf.MAGIC, 9, *golf.PREFIX.unpack_from(blob)[2:])
     for bad, vocabulary, words in [
-            (version + blob[golf.PREFIX.size:], VOCABULARY, "format version 9"),
-            (blob, "0" * 64, "another vocabulary"), (b"PK\3\4" * 30, VOCABULARY, "not one of")]:
+        (version + blob[golf.PREFIX.size :], VOCABULARY, "format version 9"),
+        (blob, "0" * 64, "another vocabulary"),
+        (b"PK\3\4" * 30, VOCABULARY, "not one of"),
+    ]:
         with pytest.raises(golf.RunError, match=words):
             golf.unpack(bad, golf.Config(), vocabulary)

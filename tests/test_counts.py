@@ -1,11 +1,13 @@
 """N-gram counts against tables of counters, and prefill against one pass."""
 
+import itertools
+
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference
 import train_gpt as golf
 
 STREAMS = st.lists(st.integers(0, 4), min_size=1, max_size=60)
@@ -16,7 +18,7 @@ def columns(tokens, max_order, **options):
     out = {}
     for order, counts in golf.count_ngrams(torch.tensor(tokens), max_order, **options):
         present = [c.tolist() for c in counts if c is not None]
-        out[order] = list(zip(*present))
+        out[order] = list(zip(*present, strict=True))
     return out
 
 
@@ -43,8 +45,10 @@ def test_a_start_only_drops_the_rows_before_it(tokens, start, buckets):
         assert rows == whole[order][start:]
 
 
-@given(st.lists(st.sampled_from([0, 1, 32767, 32768, 65535]), min_size=1, max_size=80),
-       st.sampled_from([0, 64]))
+@given(
+    st.lists(st.sampled_from([0, 1, 32767, 32768, 65535]), min_size=1, max_size=80),
+    st.sampled_from([0, 64]),
+)
 def test_token_numbers_up_to_16_bits(tokens, buckets):
     for order, rows in columns(tokens, 4, buckets=buckets).items():
         want = reference.count(tokens, order, buckets, primes=golf.Config.ngram_primes)
@@ -72,11 +76,24 @@ def test_every_chunk_boundary_of_a_short_stream():
 @pytest.mark.parametrize("granularity", ["token", "window", "batch"])
 def test_real_text_with_each_recipes_tables(data, recipe, granularity):
     tokens = data[2].val[:1500].tolist()
-    cfg, _ = golf.load_config(dict(RECIPE=recipe, NGRAM_GRANULARITY=granularity, EVAL_SEQ_LEN="64",
-                                   EVAL_STRIDE="4", NGRAM_BUCKETS="256"))
+    cfg, _ = golf.load_config(
+        dict(
+            RECIPE=recipe,
+            NGRAM_GRANULARITY=granularity,
+            EVAL_SEQ_LEN="64",
+            EVAL_STRIDE="4",
+            NGRAM_BUCKETS="256",
+        )
+    )
     rule = golf.backoff_rules(cfg)["backoff_hashed"]
-    got = columns(tokens, cfg.ngram_max_order, buckets=256, granularity=rule.granularity,
-                  first=rule.first, primes=cfg.ngram_primes)
+    got = columns(
+        tokens,
+        cfg.ngram_max_order,
+        buckets=256,
+        granularity=rule.granularity,
+        first=rule.first,
+        primes=cfg.ngram_primes,
+    )
     for order, rows in got.items():
         want = reference.count(tokens, order, 256, rule.granularity, rule.first, cfg.ngram_primes)
         assert [r[:2] for r in rows] == [r[:2] for r in want]
@@ -86,11 +103,11 @@ def test_real_text_with_each_recipes_tables(data, recipe, granularity):
 @pytest.mark.parametrize("options", [{}, dict(buckets=64, granularity=8, first=32)])
 def test_prefill_is_one_pass(data, ranks, options):
     tokens = data[2].val[:2001]
-    whole = {n: c for n, c in golf.count_ngrams(tokens, 6, **options)}
+    whole = dict(golf.count_ngrams(tokens, 6, **options))
     cuts = [len(tokens) * r // ranks for r in range(ranks + 1)]
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in itertools.pairwise(cuts):
         for order, part in golf.count_ngrams(tokens[:end], 6, start=start, **options):
-            for a, b in zip(part, whole[order]):
+            for a, b in zip(part, whole[order], strict=True):
                 assert (a is None and b is None) or torch.equal(a, b[start:end])
 
 
@@ -102,7 +119,7 @@ def test_counts_inside_documents(tokens):
     begin = 0
     for i in [*(i for i, t in enumerate(tokens) if t == golf.BOS), len(tokens) - 1]:
         for order in whole:
-            assert whole[order][begin:i + 1] == reference.count(tokens[begin:i + 1], order)
+            assert whole[order][begin : i + 1] == reference.count(tokens[begin : i + 1], order)
         begin = i + 1
 
 
@@ -114,5 +131,5 @@ def test_a_scan_of_the_history_gives_every_column(tokens, target, begin):
     cfg, _ = golf.load_config(dict(VOCAB_SIZE="260"))
     for order, counts in golf.scan_ngrams(torch.tensor(tokens), target, golf.Rule(), 6, cfg, begin):
         for word in range(5):
-            want = reference.count([*tokens[begin:target + 1], word], order)[-1]
+            want = reference.count([*tokens[begin : target + 1], word], order)[-1]
             assert tuple(int(c[word]) for c in counts) == want

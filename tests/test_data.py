@@ -1,7 +1,9 @@
 """Shards, tokenizer and bytes."""
 
 import copy
+import itertools
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ def test_round_trip_of_arbitrary_strings(tokenizer):
 
 def test_bytes_of_any_text_balance(tokenizer, data):
     table = data[2].table
+
     @given(TEXT | st.text(" ab\n", max_size=60))
     def check(text):
         tokens = torch.tensor([golf.BOS, *tokenizer.encode(text)])
@@ -59,14 +62,14 @@ def test_prepared_shards_hold_every_document_once(workplace, data, text_folder):
 def test_bytes_of_each_document_of_the_validation_stream(data):
     """Document by document, against the decoded text, in one go over the whole stream."""
     _, _, corpus = data
-    stream = golf.TokenStream([str(golf.Path(corpus.corpus["tokenizer"]).with_name(
-        "text_val_000000.bin"))], 512)
+    path = golf.Path(corpus.corpus["tokenizer"]).with_name("text_val_000000.bin")
+    stream = golf.TokenStream([str(path)], 512)
     tokens = torch.from_numpy(stream.read(0, len(stream)))
     counted = corpus.table.target_bytes(torch.cat([tokens[:1], tokens]))
     starts = torch.cat([torch.nonzero(tokens == golf.BOS)[:, 0], torch.tensor([len(tokens)])])
     assert len(starts) >= 2 and int(counted.sum()) > 1000
-    for start, end in zip(starts, starts[1:]):
-        text = corpus.tokenizer.decode(tokens[start + 1:end].tolist())
+    for start, end in itertools.pairwise(starts):
+        text = corpus.tokenizer.decode(tokens[start + 1 : end].tolist())
         assert int(counted[start:end].sum()) == len(text.encode())
 
 
@@ -93,8 +96,12 @@ def test_prepared_text_is_reused_and_made_again_when_it_changes(data, workplace,
     before = {p.name: p.stat().st_mtime_ns for p in first.iterdir()}
     assert prepare.prepare_text(cfg, run) == first
     assert {p.name: p.stat().st_mtime_ns for p in first.iterdir()} == before
-    assert set(before) == {"tokenizer.model", "corpus.json", "text_train_000000.bin",
-                           "text_val_000000.bin"}
+    assert set(before) == {
+        "tokenizer.model",
+        "corpus.json",
+        "text_train_000000.bin",
+        "text_val_000000.bin",
+    }
     with open(tmp_path / golf.Path(sample[0]).name, "a") as file:
         file.write("# one more line\n")
     assert prepare.prepare_text(cfg, run) != first
@@ -112,8 +119,10 @@ def test_documents_stay_whole_and_the_split_does_not_depend_on_order():
 
 def test_the_split_does_not_depend_on_where_the_files_lie():
     texts = [f"{i} " + "x\n" * (50 + i) for i in range(60)]
-    splits = [prepare.split_documents([(f"{folder}/{i}", t) for i, t in enumerate(texts)])
-              for folder in ("/a", "/b/c")]
+    splits = [
+        prepare.split_documents([(f"{folder}/{i}", t) for i, t in enumerate(texts)])
+        for folder in ("/a", "/b/c")
+    ]
     assert len({tuple(t for _, t in val) for _, val in splits}) == 1
 
 
@@ -133,7 +142,6 @@ def test_validation_is_cut_to_whole_windows(data):
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 99), st.integers(1, 99))
 def test_a_stream_reads_cyclically_across_shards(sizes, start, count):
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         paths, total = [], 0
         for k, size in enumerate(sizes):
@@ -179,10 +187,17 @@ def shard(path, tokens=b"\x05\x00" * 10, magic=20240520, version=1, count=10):
     return str(path)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (dict(magic=7), ["magic 7", "20240520"]), (dict(version=2), ["version 2"]),
-    (dict(count=11), ["11 tokens", "1046", "1044"]), (dict(count=9), ["9 tokens"]),
-    (dict(count=-1), ["-1 tokens"]), (dict(tokens=b""), ["10 tokens"])])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (dict(magic=7), ["magic 7", "20240520"]),
+        (dict(version=2), ["version 2"]),
+        (dict(count=11), ["11 tokens", "1046", "1044"]),
+        (dict(count=9), ["9 tokens"]),
+        (dict(count=-1), ["-1 tokens"]),
+        (dict(tokens=b""), ["10 tokens"]),
+    ],
+)
 def test_damaged_shards(tmp_path, damage, words):
     path = shard(tmp_path / "x_val_0.bin", **damage)
     with pytest.raises(golf.RunError) as error:
@@ -205,7 +220,6 @@ def test_a_token_outside_the_vocabulary_names_the_file(tmp_path):
 
 @given(st.binary(max_size=3000))
 def test_random_bytes_are_no_shard_and_no_tokenizer(blob):
-    import tempfile
     with tempfile.NamedTemporaryFile() as file:
         file.write(blob)
         file.flush()

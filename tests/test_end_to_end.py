@@ -5,22 +5,23 @@ import re
 import signal
 
 import pytest
-import reference
 import torch
 from safetensors.torch import load_file
 
+import reference
 import train_gpt as golf
 
 # The submissions' published variables.
 PUBLISHED = dict(
     pr889="SEED=1337 NGRAM_ENABLED=1 NGRAM_ORDER=7 VRL_ENABLED=1",
     pr806="NCCL_IB_DISABLE=1 NUM_LAYERS=11 RELU_SLOPE=0.9 MUON_WD=0.04 ADAM_WD=0.04 "
-          "MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99 "
-          "MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 WARMDOWN_ITERS=3000 "
-          "NGRAM_CACHE=1 NGRAM_ENTROPY=1",
+    "MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99 "
+    "MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 WARMDOWN_ITERS=3000 "
+    "NGRAM_CACHE=1 NGRAM_ENTROPY=1",
     pr890="SEED=42",
     pr1094="LATE_QAT_THRESHOLD=0 TTT_ENABLED=0 KG_LOSS_WEIGHT=0.1 USE_NGRAM_MIXER=1 NGRAM_ORDER=10 "
-           "ALPHA_BASE=0.20 ALPHA_RANGE=0.55 ALPHA_CENTER=3.0 COMPLEMENT_ALPHA=0 NGRAM_MIN_COUNT=1")
+    "ALPHA_BASE=0.20 ALPHA_RANGE=0.55 ALPHA_CENTER=3.0 COMPLEMENT_ALPHA=0 NGRAM_MIN_COUNT=1",
+)
 
 
 def results(done):
@@ -29,8 +30,10 @@ def results(done):
 
 
 def test_a_run_ends_with_its_final_line_and_files(trained):
-    pattern = (r"final val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} scoring:calibrated normalized:yes "
-               r"total_bytes:\d+ seed:1337")
+    pattern = (
+        r"final val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} scoring:calibrated normalized:yes "
+        r"total_bytes:\d+ seed:1337"
+    )
     assert re.fullmatch(pattern, trained.final)
     names = {p.name.split(".", 1)[1] for p in trained.logs.iterdir()}
     assert names == {"txt", "json", "png", "submission.json", "safetensors", "int6.ptz"}
@@ -47,8 +50,8 @@ def test_a_run_ends_with_its_final_line_and_files(trained):
     bpb = {scoring: row["val_bpb"] for (stage, scoring), row in rows.items() if "sliding" in stage}
     assert rows["int6_sliding", "calibrated"]["tokens"] == 4096
     assert bpb["neural"] > bpb["backoff_exact"] > bpb["calibrated"]
-    assert [(a["name"], a["verdict"]) for a in record["audit"]] == [
-        (name, "PASS") for name in ("causal", "normalized", "single_pass", "bytes", "decodable")]
+    checks = ("causal", "normalized", "single_pass", "bytes", "decodable")
+    assert [(a["name"], a["verdict"]) for a in record["audit"]] == [(n, "PASS") for n in checks]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_warm_up_leaves_no_trace(job, trained):
@@ -58,8 +61,8 @@ def test_the_same_seed_gives_the_same_bytes_and_warm_up_leaves_no_trace(job, tra
     assert (again.logs / name).read_bytes() == (trained.logs / name).read_bytes()
     weights = "golf-demo-1337.safetensors"
     assert (again.logs / weights).read_bytes() == (trained.logs / weights).read_bytes()
-    assert [r["train_loss"] for r in again.record["train"]] == [
-        r["train_loss"] for r in trained.record["train"]]
+    losses = [[r["train_loss"] for r in d.record["train"]] for d in (again, trained)]
+    assert losses[0] == losses[1]
 
 
 def test_another_seed_and_micro_batches(job, trained):
@@ -107,8 +110,8 @@ def test_a_stride_and_scoring_of_choice_on_an_artifact(job, trained):
     done = job(LOAD_ARTIFACT=artifact, EVAL_STRIDE="64", SCORING="neural", VAL_TOKENS="1024")
     assert done.returncode == 0 and "scoring:neural" in done.final
     rows = results(done)
-    assert rows["int6_sliding", "neural"]["val_loss"] == pytest.approx(
-        rows["int6_roundtrip", "neural"]["val_loss"], rel=1e-7)
+    sliding, whole = rows["int6_sliding", "neural"], rows["int6_roundtrip", "neural"]
+    assert sliding["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-7)
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
@@ -135,23 +138,31 @@ def mixes_as_it_should(done, corpus, run):
     """Every row of the score table, from the artifact's network and a mixer of dictionaries."""
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in done.record["config"].items()}
     cfg, name = golf.Config(**config), f"{config['run_id']}.int{config['matrix_bits']}.ptz"
-    cfg, tensors = golf.unpack((done.logs / name).read_bytes(), cfg,
-                               corpus.corpus["vocabulary_sha256"])
+    cfg, tensors = golf.unpack(
+        (done.logs / name).read_bytes(), cfg, corpus.corpus["vocabulary_sha256"]
+    )
     model = golf.GPT(golf.replace(cfg, mtp_num_heads=0), golf.sdpa_attention)
     model.load_state_dict({n: t.tensor() for n, t in tensors.items()})
     columns = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride).columns()
     columns = golf.NeuralColumns(*columns.unbind(1))
     hashed = dict(buckets=cfg.ngram_buckets, match=cfg.ngram_match)
     first, stride = cfg.eval_seq_len, cfg.eval_stride
-    hashed |= dict(window=dict(first=first, granularity=stride), batch=dict(
-        first=first + 127 * stride, granularity=128 * stride))[cfg.ngram_granularity]
+    hashed |= dict(
+        window=dict(first=first, granularity=stride),
+        batch=dict(first=first + 127 * stride, granularity=128 * stride),
+    )[cfg.ngram_granularity]
     rules = dict(backoff_hashed=hashed, backoff_exact={}, backoff_exact_pair=dict(match="pair"))
     rows = {r["scoring"]: r for r in done.record["result"] if "sliding" in r["stage"]}
     assert rows.pop("calibrated")["normalized"] == "yes"
     assert abs(rows.pop("neural")["val_loss"] + float(columns.logp.mean())) < 1e-7
     for scoring, row in rows.items():
-        losses = reference.backoff_loss(corpus.val.tolist(), columns.logp.tolist(),
-                                        columns.entropy.tolist(), cfg, **rules[scoring])
+        losses = reference.backoff_loss(
+            corpus.val.tolist(),
+            columns.logp.tolist(),
+            columns.entropy.tolist(),
+            cfg,
+            **rules[scoring],
+        )
         assert abs(row["val_loss"] - sum(losses) / len(losses)) < 1e-7, scoring
         bits = torch.tensor(losses).sum() / golf.math.log(2)
         assert abs(row["val_bpb"] - float(bits) / row["bytes"]) < 1e-6
@@ -162,13 +173,15 @@ def test_saved_weights_start_again_at_quantization(job, trained, tmp_path):
     name = "golf-demo-1337"
     done = job(LOAD_WEIGHTS=str(trained.logs / f"{name}.safetensors"))
     assert done.returncode == 0 and done.final == trained.final, done.stderr
-    assert (done.logs / f"{name}.int6.ptz").read_bytes() == (
-        trained.logs / f"{name}.int6.ptz").read_bytes()
+    made, before = (d.logs / f"{name}.int6.ptz" for d in (done, trained))
+    assert made.read_bytes() == before.read_bytes()
     assert "\nstep:" not in done.stdout
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
-    for path, more, word in ((tmp_path / "bad.safetensors", {}, "bad.safetensors"),
-                             (tmp_path / "none.safetensors", {}, "none.safetensors"),
-                             (trained.logs / f"{name}.safetensors", dict(MODEL_DIM="64"), "fit")):
+    for path, more, word in (
+        (tmp_path / "bad.safetensors", {}, "bad.safetensors"),
+        (tmp_path / "none.safetensors", {}, "none.safetensors"),
+        (trained.logs / f"{name}.safetensors", dict(MODEL_DIM="64"), "fit"),
+    ):
         bad = job(LOAD_WEIGHTS=str(path), **more)
         assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and word in bad.stderr
 
@@ -199,6 +212,6 @@ def test_an_existing_runs_files_stay(job, trained, tmp_path):
     assert job(**more).returncode == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert job(**more).returncode == 0
-    assert {p.name for p in tmp_path.iterdir()} == {*before, *(
-        n.replace("same", "same-2") for n in before)}
+    second = {n.replace("same", "same-2") for n in before}
+    assert {p.name for p in tmp_path.iterdir()} == {*before, *second}
     assert all((tmp_path / n).read_bytes() == b for n, b in before.items())

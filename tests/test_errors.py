@@ -1,10 +1,15 @@
 """Bad input: one line that names what is wrong, a non-zero exit on every rank, no traceback."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import train_gpt as golf
-from conftest import TINY
+from conftest import ROOT, TINY
 from tools.prepare_text import write_shard
 
 
@@ -18,6 +23,7 @@ def shards(data, tmp_path_factory):
         for split, values in tokens.items():
             write_shard(folder / f"x_{split}_000000.bin", np.asarray(values))
         return dict(TEXT_FILES="", DATA_PATH=str(folder), TOKENIZER_PATH=corpus.corpus["tokenizer"])
+
     return make
 
 
@@ -34,15 +40,15 @@ def refused(workplace, run, *words, **variables):
 def test_no_data(workplace, run, tmp_path):
     refused(workplace, run, "nowhere/*.txt", "matches no file", TEXT_FILES="nowhere/*.txt")
     for scale in ("full", "demo"):
-        refused(workplace, run, "nowhere", "hf download", "TEXT_FILES", TEXT_FILES="", SCALE=scale,
-                DATA_PATH="nowhere", RECIPE="golf")
+        nowhere = dict(TEXT_FILES="", SCALE=scale, DATA_PATH="nowhere", RECIPE="golf")
+        refused(workplace, run, "nowhere", "hf download", "TEXT_FILES", **nowhere)
     (tmp_path / "empty.txt").touch()
     refused(workplace, run, "more text", TEXT_FILES=f"{tmp_path}/*.txt")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     refused(workplace, run, "latin1.txt", "UTF-8", TEXT_FILES=f"{tmp_path}/*.txt")
     (tmp_path / "short.md").write_text("hello\n" * 30)
-    refused(workplace, run, "more text", "512", TEXT_FILES=f"{tmp_path}/*.md",
-            PREPARED_PATH=str(tmp_path / "made"))
+    short = dict(TEXT_FILES=f"{tmp_path}/*.md", PREPARED_PATH=str(tmp_path / "made"))
+    refused(workplace, run, "more text", "512", **short)
 
 
 def test_missing_splits(workplace, run, shards):
@@ -51,36 +57,39 @@ def test_missing_splits(workplace, run, shards):
 
 
 def test_too_little_data(workplace, run, shards):
-    refused(workplace, run, "training tokens", "64000001", "TRAIN_BATCH_TOKENS",
-            TRAIN_BATCH_TOKENS="64000000")
-    refused(workplace, run, "1536 training tokens", "1537",
-            **shards(train=[5] * 1536, val=[5] * 999))
+    large = dict(TRAIN_BATCH_TOKENS="64000000")
+    refused(workplace, run, "training tokens", "64000001", "TRAIN_BATCH_TOKENS", **large)
+    short = shards(train=[5] * 1536, val=[5] * 999)
+    refused(workplace, run, "1536 training tokens", "1537", **short)
     refused(workplace, run, "10 validation targets", "EVAL_SEQ_LEN=64", VAL_TOKENS="10")
-    refused(workplace, run, "63 validation targets", "EVAL_SEQ_LEN=64",
-            **shards(train=[5] * 1537, val=[5] * 64))
+    short = shards(train=[5] * 1537, val=[5] * 64)
+    refused(workplace, run, "63 validation targets", "EVAL_SEQ_LEN=64", **short)
 
 
 def test_damaged_shards_and_foreign_tokens(workplace, run, shards, tmp_path):
     good = shards(train=[5] * 9999, val=[5] * 999)
     path = golf.Path(good["DATA_PATH"]) / "x_val_000000.bin"
     blob = path.read_bytes()
-    for bad, word in [(blob[:-1], "999 tokens need 3022 bytes, the file has 3021"), (b"", "magic"),
-                      (blob + b"\0\0", "3024"), (b"\0" + blob[1:], "magic"),
-                      (blob[:4] + b"\7" + blob[5:], "version 7")]:
+    for bad, word in [
+        (blob[:-1], "999 tokens need 3022 bytes, the file has 3021"),
+        (b"", "magic"),
+        (blob + b"\0\0", "3024"),
+        (b"\0" + blob[1:], "magic"),
+        (blob[:4] + b"\7" + blob[5:], "version 7"),
+    ]:
         path.write_bytes(bad)
         refused(workplace, run, str(path), word, **good)
-    refused(workplace, run, "x_val_000000.bin", "token 512 at 7", "not below 512",
-            **shards(train=[5] * 9999, val=[5] * 7 + [512] + [5] * 900))
+    foreign = shards(train=[5] * 9999, val=[5] * 7 + [512] + [5] * 900)
+    refused(workplace, run, "x_val_000000.bin", "token 512 at 7", "not below 512", **foreign)
 
 
 def test_tokenizers(workplace, run, shards, tmp_path):
     good = shards(train=[5] * 9999, val=[5] * 999)
+    foreign, nowhere = tmp_path / "foreign.model", dict(TOKENIZER_PATH="nowhere.model")
     for content in (b"", b"not a model", b"\x0a\x00" * 50):
-        (tmp_path / "foreign.model").write_bytes(content)
-        refused(workplace, run, "foreign.model",
-                **good | dict(TOKENIZER_PATH=f"{tmp_path}/foreign.model"))
-    refused(workplace, run, "nowhere.model", "No such file",
-            **good | dict(TOKENIZER_PATH="nowhere.model"))
+        foreign.write_bytes(content)
+        refused(workplace, run, "foreign.model", **good | dict(TOKENIZER_PATH=str(foreign)))
+    refused(workplace, run, "nowhere.model", "No such file", **good | nowhere)
     refused(workplace, run, str(tmp_path), **good | dict(TOKENIZER_PATH=str(tmp_path)))
     refused(workplace, run, "512 pieces", "VOCAB_SIZE is 600", **good | dict(VOCAB_SIZE="600"))
 
@@ -103,11 +112,12 @@ def test_a_batch_that_ranks_cannot_share():
 @pytest.mark.parametrize("back_end", ["flash2", "flash3"])
 def test_attention_that_is_not_there(back_end):
     with pytest.raises(golf.RunError, match=f"ATTENTION={back_end}"):
-        golf.choose_attention(golf.replace(golf.Config(), attention=back_end),
-                              golf.torch.device("cpu"))
+        cfg = golf.replace(golf.Config(), attention=back_end)
+        golf.choose_attention(cfg, golf.torch.device("cpu"))
 
 
 # The same through the command line.
+
 
 def check(done, *words):
     """One line, with these words, and no final line."""
@@ -115,7 +125,7 @@ def check(done, *words):
     ours = [line for line in lines if line.startswith("error: ")]
     assert done.returncode != 0 and len(ours) == 1, done.stderr
     if "-m" in done.args:  # torchrun adds a report of its own
-        assert "train_gpt.py\", line" not in done.stderr
+        assert 'train_gpt.py", line' not in done.stderr
     else:
         assert lines == ours
     assert "\nfinal " not in done.stdout
@@ -123,15 +133,20 @@ def check(done, *words):
         assert word in ours[0]
 
 
-@pytest.mark.parametrize("variables, words", [
-    (dict(MODEL_DIMM="3"), ["MODEL_DIMM", "MODEL_DIM?"]),
-    (dict(TEXT_FILES="nowhere/*.txt"), ["nowhere/*.txt", "matches no file"]),
-    (dict(LOGS_PATH="/proc/no"), ["/proc/no"]),
-    (dict(LOAD_ARTIFACT="nowhere.ptz"), ["nowhere.ptz", "No such file"]),
-    (dict(DEVICE="cuda", CUDA_VISIBLE_DEVICES=""), ["DEVICE=cuda", "DEVICE=cpu"]),
-    (dict(MATRIX_LR="1e30", SCALAR_LR="1e30", GRAD_CLIP_NORM="0"),
-     ["step 2: the loss is not finite", "last finite loss 6.", "MATRIX_LR"]),
-])
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        (dict(MODEL_DIMM="3"), ["MODEL_DIMM", "MODEL_DIM?"]),
+        (dict(TEXT_FILES="nowhere/*.txt"), ["nowhere/*.txt", "matches no file"]),
+        (dict(LOGS_PATH="/proc/no"), ["/proc/no"]),
+        (dict(LOAD_ARTIFACT="nowhere.ptz"), ["nowhere.ptz", "No such file"]),
+        (dict(DEVICE="cuda", CUDA_VISIBLE_DEVICES=""), ["DEVICE=cuda", "DEVICE=cpu"]),
+        (
+            dict(MATRIX_LR="1e30", SCALAR_LR="1e30", GRAD_CLIP_NORM="0"),
+            ["step 2: the loss is not finite", "last finite loss 6.", "MATRIX_LR"],
+        ),
+    ],
+)
 def test_one_line_that_helps(job, variables, words):
     check(job(**variables), *words)
 
@@ -153,17 +168,31 @@ def bad_input(kind, shards, tmp_path):
         empty_tokenizer=(None, dict(TOKENIZER_PATH=str(file)), [str(file), "SentencePiece"]),
         size_of_tokenizer=(None, dict(VOCAB_SIZE="600"), ["512 pieces", "VOCAB_SIZE is 600"]),
         short_validation=(None, shards(train=[5] * 9999, val=[5] * 64), ["63", "EVAL_SEQ_LEN=64"]),
-        short_training=(None, shards(train=[5] * 1536, val=[5] * 999), ["1536", "1537"]))
+        short_training=(None, shards(train=[5] * 1536, val=[5] * 999), ["1536", "1537"]),
+    )
     changed, variables, words = own[kind]
     file.write_bytes(b"" if kind == "empty_tokenizer" else b"not a model")
     path.write_bytes(changed or blob)
     return good | variables, words
 
 
-@pytest.mark.parametrize("kind", [
-    "no_shards", "magic", "version", "short", "long", "vocabulary", "no_tokenizer",
-    "foreign_tokenizer", "empty_tokenizer", "size_of_tokenizer", "short_validation",
-    "short_training"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no_shards",
+        "magic",
+        "version",
+        "short",
+        "long",
+        "vocabulary",
+        "no_tokenizer",
+        "foreign_tokenizer",
+        "empty_tokenizer",
+        "size_of_tokenizer",
+        "short_validation",
+        "short_training",
+    ],
+)
 def test_bad_data_is_one_line_before_training(job, shards, tmp_path, kind):
     variables, words = bad_input(kind, shards, tmp_path)
     done = job(**variables)
@@ -178,7 +207,6 @@ def test_bad_data_is_one_line_on_several_ranks(job, shards, tmp_path):
 
 OUT_OF_MEMORY = """
 import sys
-sys.path.insert(0, {root!r})
 import train_gpt as golf
 def full(*_):
     raise golf.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -187,22 +215,27 @@ sys.exit(golf.main())
 """
 
 
-@pytest.mark.parametrize("where, stage, saved", [
-    ("golf.Trainer.gradients", "training", "saved so far: nothing"),
-    ("golf.calibrate", "export", "golf-demo-1337.safetensors"),
-    ("golf.stream_columns", "evaluation", "golf-demo-1337.int6.ptz"),
-    ("golf.scan_ngrams", "evaluation", "neural-")])
+@pytest.mark.parametrize(
+    "where, stage, saved",
+    [
+        ("golf.Trainer.gradients", "training", "saved so far: nothing"),
+        ("golf.calibrate", "export", "golf-demo-1337.safetensors"),
+        ("golf.stream_columns", "evaluation", "golf-demo-1337.int6.ptz"),
+        ("golf.scan_ngrams", "evaluation", "neural-"),
+    ],
+)
 def test_out_of_memory_names_the_stage_and_what_was_saved(workplace, tmp_path, where, stage, saved):
     """A CUDA device's lack of memory, raised where it would be."""
-    import os
-    import subprocess
-    import sys
-    code = OUT_OF_MEMORY.format(root=str(golf.Path(golf.__file__).parent), where=where)
-    env = dict(PATH=os.environ["PATH"], OMP_NUM_THREADS="1") | workplace[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=workplace[0], text=True,
-                          capture_output=True, env=env | dict(
-                              LOGS_PATH=str(tmp_path), MICRO_BATCH_TOKENS="1536"))
-    line, = done.stderr.splitlines()
+    code = OUT_OF_MEMORY.format(where=where)
+    env = dict(PATH=os.environ["PATH"], OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | workplace[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=workplace[0],
+        text=True,
+        capture_output=True,
+        env=env | dict(LOGS_PATH=str(tmp_path), MICRO_BATCH_TOKENS="1536"),
+    )
+    (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith(f"error: out of device memory during {stage}: ")
     assert "MICRO_BATCH_TOKENS" in line and "EVAL_BATCH_WINDOWS" in line and saved in line
 
@@ -219,15 +252,20 @@ def test_on_several_ranks_only_the_first_speaks(job):
 def test_an_error_on_another_rank_is_told_by_the_first(job, shards):
     """Only rank 1 reads the shard with the foreign token, in its first batch."""
     variables = shards(train=[5] * 6400, val=[5] * 999)
-    write_shard(golf.Path(variables["DATA_PATH"]) / "x_train_000001.bin",
-                     np.array([5] * 3000 + [600]))
+    path = golf.Path(variables["DATA_PATH"]) / "x_train_000001.bin"
+    write_shard(path, np.array([5] * 3000 + [600]))
     check(job(2, TRAIN_BATCH_TOKENS="128", **variables), "x_train_000001.bin", "token 600")
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda blob: blob[:-7], ["truncated or damaged"]), (lambda blob: b"", ["not one of ours"]),
-    (lambda blob: b"PK\3\4" + blob, ["not one of ours"]),
-    (lambda blob: blob[:8] + b"\1" + blob[9:], ["format version 1"])])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda blob: blob[:-7], ["truncated or damaged"]),
+        (lambda blob: b"", ["not one of ours"]),
+        (lambda blob: b"PK\3\4" + blob, ["not one of ours"]),
+        (lambda blob: blob[:8] + b"\1" + blob[9:], ["format version 1"]),
+    ],
+)
 def test_artifacts_that_are_none(job, trained, tmp_path, change, words):
     blob = (trained.logs / "golf-demo-1337.int6.ptz").read_bytes()
     (tmp_path / "bad.ptz").write_bytes(change(blob))
@@ -236,8 +274,8 @@ def test_artifacts_that_are_none(job, trained, tmp_path, change, words):
 
 def test_artifacts_of_another_vocabulary_and_damaged(job, trained, text_folder, tmp_path):
     artifact = trained.logs / "golf-demo-1337.int6.ptz"
-    check(job(LOAD_ARTIFACT=str(artifact), TEXT_FILES=f"{text_folder}/email*.txt"),
-          "artifact", "another vocabulary")
+    done = job(LOAD_ARTIFACT=str(artifact), TEXT_FILES=f"{text_folder}/email*.txt")
+    check(done, "artifact", "another vocabulary")
     blob = bytearray(artifact.read_bytes())
     blob[len(blob) // 2] ^= 4
     (tmp_path / "bad.ptz").write_bytes(blob)
@@ -246,15 +284,16 @@ def test_artifacts_of_another_vocabulary_and_damaged(job, trained, text_folder, 
 
 def test_a_lone_file_asks_for_shards(tmp_path, shards):
     """Without tools/ beside it train_gpt.py makes no shards of text; on shards it runs."""
-    import shutil
-    import subprocess
-    import sys
     shutil.copy(golf.__file__, tmp_path)
 
     def run(**env):
-        return subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, text=True,
-                              capture_output=True, env=dict(
-                                  PATH="/usr/bin:/bin", OMP_NUM_THREADS="1") | env)
+        return subprocess.run(
+            [sys.executable, "train_gpt.py"],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            env=dict(PATH="/usr/bin:/bin", OMP_NUM_THREADS="1") | env,
+        )
 
     done = run(TEXT_FILES="*.py")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

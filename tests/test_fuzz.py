@@ -1,4 +1,9 @@
-"""Damaged shards, tokenizers and weights: usable, or one clear error; artifacts: test_artifact.py."""
+"""Damaged shards, tokenizers and weights: usable, or one clear error.
+
+Damaged artifacts are in test_artifact.py.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +19,18 @@ from tools.prepare_text import write_shard
 def damaged(draw, blob, tail=400):
     """A file cut, with bits flipped, extended, with a part of it twice, or of random bytes."""
     kind = draw(st.sampled_from(["cut", "flip", "many", "extend", "twice", "random"]))
-    at = st.integers(0, len(blob) - 1)
-    at = at | st.integers(0, min(tail, len(blob) - 1)) | st.integers(
-        max(0, len(blob) - tail), len(blob) - 1)  # ends hold what is not just numbers
+    last = len(blob) - 1
+    ends = st.integers(0, min(tail, last)) | st.integers(max(0, last + 1 - tail), last)
+    at = st.integers(0, last) | ends  # ends hold what is not just numbers
     if kind == "cut":
-        return blob[:draw(at)]
+        return blob[: draw(at)]
     if kind == "extend":
         return blob + draw(st.binary(min_size=1, max_size=60))
     if kind == "random":
         return draw(st.binary(max_size=600))
     if kind == "twice":
         i, j = draw(at), draw(at)
-        return blob[:i] + blob[j:j + 200] + blob[i:]
+        return blob[:i] + blob[j : j + 200] + blob[i:]
     bad = bytearray(blob)
     for _ in range(1 if kind == "flip" else 20):
         bad[draw(at)] ^= 1 << draw(st.integers(0, 7))
@@ -51,12 +56,13 @@ def test_shards(place):
             assert str(place) in str(error) and "\n" not in str(error)
         else:
             assert len(stream) == (len(bad) - 1024) / 2 and stream.read(0, 9).max() < 512
+
     check()
 
 
 def test_tokenizers(place, data):
     """A model that loads has as many pieces as it should, and its byte table can be made."""
-    blob = open(data[2].corpus["tokenizer"], "rb").read()
+    blob = Path(data[2].corpus["tokenizer"]).read_bytes()
 
     @given(damaged(blob))
     @settings(max_examples=700)
@@ -69,6 +75,7 @@ def test_tokenizers(place, data):
         else:
             assert len(golf.ByteTable(tokenizer).base) == 512
             assert isinstance(tokenizer.decode(tokenizer.encode("any text")), str)
+
     check()
 
 
@@ -86,4 +93,5 @@ def test_weights(place, data, tiny_model):
             assert "\n" not in str(error)
         else:
             assert [p.shape for p in built.parameters()] == [p.shape for p in model.parameters()]
+
     check()

@@ -7,18 +7,22 @@ import torch
 
 import train_gpt as golf
 
-RECIPES = {name: {k: v for k, v in values.items() if k in golf.ARCHITECTURE or "mtp" in k}
-           for name, values in golf.RECIPES.items()}
+RECIPES = {
+    name: {k: v for k, v in values.items() if k in golf.ARCHITECTURE or "mtp" in k}
+    for name, values in golf.RECIPES.items()
+}
 for options in RECIPES.values():  # recipes' head counts and RoPE dims are the full size's
-    options.pop("num_kv_heads", None), options.pop("rope_dims", None)
-RECIPES["small"] = dict(num_kv_heads=4, rope_dims=8, bigram_vocab_size=0, num_layers=4,
-                        ve_layers=(3,), xsa_last_n=2)
+    options.pop("num_kv_heads", None)
+    options.pop("rope_dims", None)
+RECIPES["small"] = dict(
+    num_kv_heads=4, rope_dims=8, bigram_vocab_size=0, num_layers=4, ve_layers=(3,), xsa_last_n=2
+)
 
 
 def batch(cfg, rows=3, length=24):
     """Random tokens (rows, length)."""
-    return torch.randint(0, cfg.vocab_size, (rows, length),
-                         generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, cfg.vocab_size, (rows, length), generator=generator)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -66,16 +70,27 @@ def test_mtp_heads_train_and_stay_out_of_the_artifact(tiny_model):
     assert any(heads == id(p) for g in golf.parameter_groups(model, cfg)[1] for p in g["params"])
 
 
-@pytest.mark.parametrize("option, value", [
-    ("value_residual", True), ("xsa_last_n", 0), ("ve_enabled", False), ("ln_scale", False),
-    ("relu_slope", 0.9), ("rope_dims", 8), ("bigram_vocab_size", 0),
-    ("logit_softcap", 5.0), ("num_kv_heads", 1), ("mlp_mult", 2.0)])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("value_residual", True),
+        ("xsa_last_n", 0),
+        ("ve_enabled", False),
+        ("ln_scale", False),
+        ("relu_slope", 0.9),
+        ("rope_dims", 8),
+        ("bigram_vocab_size", 0),
+        ("logit_softcap", 5.0),
+        ("num_kv_heads", 1),
+        ("mlp_mult", 2.0),
+    ],
+)
 def test_every_option_changes_the_network(tiny_model, option, value):
     cfg, model = tiny_model()
     _, other = tiny_model(**{option: value})
-    other.load_state_dict({k: v for k, v in model.state_dict().items()
-                           if k in other.state_dict() and v.shape == other.state_dict()[k].shape},
-                          strict=False)
+    state, own = model.state_dict(), other.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    other.load_state_dict(fitting, strict=False)
     tokens = batch(cfg)
     with torch.no_grad():
         assert not torch.allclose(model.logits(tokens), other.logits(tokens), atol=1e-4)
@@ -118,10 +133,11 @@ def test_averages_against_their_formulas(tiny_model, kind):
         due = lr_scale < 0.5 and ((step + 1) // 2 != step // 2 or not samples)
         if kind == "ema" or (kind == "swa" and due):
             samples.append(model.smear_gate.detach().clone().double())
-    assert average.samples == len(samples) == dict(ema=10, swa=4, none=0)[kind]
+    assert average.samples == len(samples)
+    assert len(samples) == dict(ema=10, swa=4, none=0)[kind]
     weights = [0.99 ** (100 * k) if kind == "ema" else 1.0 for k in range(len(samples))][::-1]
     if samples:
-        want = sum(w * x for w, x in zip(weights, samples)) / sum(weights)
+        want = sum(w * x for w, x in zip(weights, samples, strict=True)) / sum(weights)
         got = average.average[names.index("smear_gate")].double()
         assert torch.allclose(got, want, atol=1e-5, rtol=0)
 

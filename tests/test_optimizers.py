@@ -25,11 +25,12 @@ def test_newton_schulz_is_nearly_orthogonal(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(golf.newton_schulz(x, 5))
     assert singular.min() > 0.5 and singular.max() < 1.3
-    for matrix, got in zip(x, golf.newton_schulz(x, 5)):
+    for matrix, got in zip(x, golf.newton_schulz(x, 5), strict=True):
         assert torch.allclose(got.double(), plain_newton_schulz(matrix), atol=1e-4)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     cosine = torch.nn.functional.cosine_similarity(
-        golf.newton_schulz(x, 5).flatten(), (u @ vh).flatten(), dim=0)
+        golf.newton_schulz(x, 5).flatten(), (u @ vh).flatten(), dim=0
+    )
     assert cosine > 0.95
 
 
@@ -54,11 +55,19 @@ def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip):
     _, plain = tiny_model(mtp_num_heads=1)
     optimizer = golf.Optimizer(model, cfg, run)
     momenta = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
-    lrs = dict(tok_emb=cfg.tied_embed_lr, bigram_emb=cfg.tied_embed_lr, value_emb=cfg.tied_embed_lr,
-               mtp_heads=cfg.head_lr)
-    adams = {n: torch.optim.AdamW([p], lr=lrs.get(n, cfg.scalar_lr), betas=(0.9, 0.95), eps=1e-8,
-                                  weight_decay=cfg.adam_wd)
-             for n, p in plain.named_parameters() if n not in golf.BANKS}
+    lrs = dict(
+        tok_emb=cfg.tied_embed_lr,
+        bigram_emb=cfg.tied_embed_lr,
+        value_emb=cfg.tied_embed_lr,
+        mtp_heads=cfg.head_lr,
+    )
+    adams = {
+        n: torch.optim.AdamW(
+            [p], lr=lrs.get(n, cfg.scalar_lr), betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd
+        )
+        for n, p in plain.named_parameters()
+        if n not in golf.BANKS
+    }
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         grads = {n: torch.randn(p.shape, generator=generator) for n, p in plain.named_parameters()}
@@ -80,14 +89,15 @@ def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip):
                 with torch.no_grad():
                     p[i] *= 1 - 0.7 * cfg.matrix_lr * cfg.muon_wd
                     p[i] -= 0.7 * cfg.matrix_lr * scale * direction
-    for (n, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
+    pairs = zip(model.named_parameters(), plain.named_parameters(), strict=True)
+    for (n, a), (_, b) in pairs:
         assert torch.allclose(a, b, atol=2e-5), n
         assert a.grad is None
 
 
 def test_micro_batches_divide_a_ranks_share():
     cfg = golf.Config()
-    assert golf.micro_batch_tokens(cfg, 8) == golf.micro_batch_tokens(cfg, 1) == 98304
+    assert all(golf.micro_batch_tokens(cfg, world) == 98304 for world in (1, 8))
     assert golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 16), 8) == 2048 * 16
     with pytest.raises(golf.RunError, match="sequences of 2048 do not divide among 5 ranks"):
         golf.micro_batch_tokens(cfg, 5)
@@ -96,16 +106,26 @@ def test_micro_batches_divide_a_ranks_share():
 
 
 def test_ten_steps_of_training_have_these_losses(data, tmp_path):
-    """A change of speed must not change what is learned: made-up tokens, so that the text's version
-    does not matter. The losses were recorded with torch 2.13.0 on x86-64; others differ by rounding."""
+    """A change of speed must not change what is learned.
+
+    The tokens are made up, so that the text's version does not matter. The losses were recorded
+    with torch 2.13.0 on x86-64; others differ by rounding.
+    """
     cfg, run, corpus = data
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(0, 64, (40_000,), generator=generator)
     tokens[1::2] = (3 * tokens[0::2] + 7) % 64  # every second token follows from the one before
     prepare.write_shard(tmp_path / "x_train_0.bin", tokens.numpy())
     stream = golf.TokenStream([str(tmp_path / "x_train_0.bin")], cfg.vocab_size)
-    cfg = golf.replace(cfg, iterations=10, schedule_steps=10, warmdown_iters=5, warmup_steps=1,
-                       train_log_every=1, val_loss_every=0)
+    cfg = golf.replace(
+        cfg,
+        iterations=10,
+        schedule_steps=10,
+        warmdown_iters=5,
+        warmup_steps=1,
+        train_log_every=1,
+        val_loss_every=0,
+    )
     run.record["train"].clear()
     model = golf.build_model(cfg, run)
     golf.Trainer(model, corpus._replace(train=stream), cfg, run).train()

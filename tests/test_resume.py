@@ -5,15 +5,17 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 import train_gpt as golf
+from conftest import ROOT
 
 NAME = "golf-demo-1337"
 
@@ -38,14 +40,27 @@ def whole(job):
 
 def children(pid):
     """Process ids of the children of a process."""
-    path = f"/proc/{pid}/task/{pid}/children"
-    return [int(x) for x in open(path, encoding="ascii").read().split()]
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ranks(launcher):
+    """Process ids of the ranks that a launcher has started."""
+    found = children(launcher.pid)
+    return [p for p in found if b"train_gpt.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def killed_after(job, step, logs, processes=1, **variables):
     """Start a training that saves a checkpoint after every step, and kill it after `step`."""
-    process = job(processes, wait=False, ITERATIONS="12", NGRAM_ENABLED="0", TRAIN_LOG_EVERY="1",
-                  CHECKPOINT_SECONDS="1e-6", LOGS_PATH=str(logs), **variables)
+    process = job(
+        processes,
+        wait=False,
+        ITERATIONS="12",
+        NGRAM_ENABLED="0",
+        TRAIN_LOG_EVERY="1",
+        CHECKPOINT_SECONDS="1e-6",
+        LOGS_PATH=str(logs),
+        **variables,
+    )
     for line in iter(process.stdout.readline, ""):
         if re.match(rf"step:{step}/12 train_loss", line):
             break
@@ -59,16 +74,22 @@ def test_a_resumed_training_is_the_uninterrupted_one(job, whole, tmp_path, proce
     """To the last bit on as many ranks; on others up to rounding."""
     killed_after(job, 7, tmp_path, processes)
     assert not (tmp_path / f"{NAME}.safetensors").exists()
-    done = job(again, RESUME="1", ITERATIONS="12", NGRAM_ENABLED="0", TRAIN_LOG_EVERY="1",
-               LOGS_PATH=str(tmp_path))
+    done = job(
+        again,
+        RESUME="1",
+        ITERATIONS="12",
+        NGRAM_ENABLED="0",
+        TRAIN_LOG_EVERY="1",
+        LOGS_PATH=str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
     steps = int(re.search(r"^resumed .*checkpoint: (\d+) steps", done.stdout, re.M)[1])
     assert 6 <= steps <= 8
     assert f"step:{steps}/12 train_loss" not in done.stdout
     assert f"step:{steps + 1}/12" in done.stdout or steps == 11
-    if processes == again == 1:
+    if processes == 1 and again == 1:
         assert done.final == whole.final
-        path, = tmp_path.glob(f"{NAME}-2.safetensors")
+        (path,) = tmp_path.glob(f"{NAME}-2.safetensors")
         assert path.read_bytes() == files(whole)["safetensors"]
         assert (tmp_path / f"{NAME}-2.int6.ptz").read_bytes() == files(whole)["int6.ptz"]
     elif processes == again:
@@ -82,14 +103,17 @@ def test_checkpoints_that_do_not_fit_are_refused(job, tmp_path):
     killed_after(job, 3, tmp_path)
     path = tmp_path / f"{NAME}.checkpoint"
     more = dict(RESUME="1", ITERATIONS="12", NGRAM_ENABLED="0", LOGS_PATH=str(tmp_path))
-    cases = [(dict(MATRIX_LR="0.5"), "other settings"), (dict(RUN_ID="none"), "there is no"),
-             (dict(MODEL_DIM="64"), "other settings")]
+    cases = [
+        (dict(MATRIX_LR="0.5"), "other settings"),
+        (dict(RUN_ID="none"), "there is no"),
+        (dict(MODEL_DIM="64"), "other settings"),
+    ]
     for change, word in cases:
         done = job(**more | change)
         assert done.returncode == 2 and word in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and ".checkpoint" in done.stderr
     blob = path.read_bytes()
-    for bad in (blob[:len(blob) // 2], b"", b"x" * 99):
+    for bad in (blob[: len(blob) // 2], b"", b"x" * 99):
         path.write_bytes(bad)
         done = job(**more)
         assert done.returncode == 2 and str(path) in done.stderr
@@ -101,14 +125,17 @@ def test_killed_at_any_moment_a_run_goes_on_or_says_what_is_missing(job, tmp_pat
     draw, base = random.Random(5), dict(ITERATIONS="40", LOGS_PATH=str(tmp_path), VAL_TOKENS="2048")
     killed = []
     for wait in [*(draw.uniform(2.5, 7.0) for _ in range(5)), 200]:
-        saved = {s: path for s in ("int6.ptz", "safetensors", "checkpoint")
-                 for path in sorted(tmp_path.glob(f"run*.{s}"))}
+        saved = {}
+        for suffix in ("int6.ptz", "safetensors", "checkpoint"):
+            found = sorted(tmp_path.glob(f"run*.{suffix}"))
+            if found:
+                saved[suffix] = found[-1]
         if "int6.ptz" in saved:
             go_on = dict(LOAD_ARTIFACT=str(saved["int6.ptz"]), RESUME_EVAL="1")
         elif "safetensors" in saved:
             go_on = dict(LOAD_WEIGHTS=str(saved["safetensors"]))
         else:
-            go_on = dict(CHECKPOINT_SECONDS="1e-3", RESUME=str(int("checkpoint" in saved)))
+            go_on = dict(CHECKPOINT_SECONDS="1e-3", RESUME="1" if "checkpoint" in saved else "0")
         process = job(wait=False, RUN_ID="run", **base | go_on)
         try:
             out, err = process.communicate(timeout=wait)
@@ -128,9 +155,14 @@ def limited(job_env, folder, size, **variables):
     """A run that may write no file larger than `size` bytes, as on a full disk."""
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | job_env | variables
     return subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py")], cwd=folder, env=env, text=True,
-        capture_output=True, timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        cwd=folder,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
 
 
 @pytest.mark.parametrize("size, lost", [(60_000, ".safetensors"), (2_000, ".txt")])
@@ -140,7 +172,7 @@ def test_a_full_disk_loses_files_but_no_result(workplace, trained, tmp_path, siz
     done = limited(env, folder, size, LOGS_PATH=str(tmp_path), AUDIT="strict")
     assert done.returncode == 2
     assert done.stdout.strip().splitlines()[-1] == trained.final
-    line, = done.stderr.splitlines()
+    (line,) = done.stderr.splitlines()
     assert line.startswith("error: cannot write") and str(tmp_path) in line
     assert f"cannot write {tmp_path}/{NAME}{lost}" in done.stdout + done.stderr
     assert not list(tmp_path.glob("*.tmp"))
@@ -153,16 +185,31 @@ def test_a_full_disk_loses_files_but_no_result(workplace, trained, tmp_path, siz
 def two_nodes(folder, env, per_node, port, **variables):
     """Two launchers on loopback, as on two machines with a folder in common."""
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | env | variables
-    return [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
-         f"--nproc_per_node={per_node}", "--master_addr=127.0.0.1", f"--master_port={port}",
-         str(ROOT / "train_gpt.py")], cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE) for node in (0, 1)]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                f"--node_rank={node}",
+                f"--nproc_per_node={per_node}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={port}",
+                str(ROOT / "train_gpt.py"),
+            ],
+            cwd=folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for node in (0, 1)
+    ]
 
 
 def free_port():
     """A port of loopback that is free now."""
-    import socket
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -171,8 +218,14 @@ def free_port():
 def test_two_nodes_give_the_same_score(workplace, trained, tmp_path):
     """Only the first node needs the artifact."""
     folder, env = workplace
-    nodes = two_nodes(folder, env, 1, free_port(), LOGS_PATH=str(tmp_path),
-                      LOAD_ARTIFACT=str(trained.logs / f"{NAME}.int6.ptz"))
+    nodes = two_nodes(
+        folder,
+        env,
+        1,
+        free_port(),
+        LOGS_PATH=str(tmp_path),
+        LOAD_ARTIFACT=str(trained.logs / f"{NAME}.int6.ptz"),
+    )
     outs = [p.communicate(timeout=200) for p in nodes]
     assert [p.returncode for p in nodes] == [0, 0], outs
     assert outs[0][0].strip().splitlines()[-1] == trained.final and outs[1][0] == ""
@@ -181,34 +234,47 @@ def test_two_nodes_give_the_same_score(workplace, trained, tmp_path):
 def test_a_dead_rank_ends_the_others_with_its_name(workplace, tmp_path):
     """Two nodes: the launcher of the one cannot know that a rank of the other is dead."""
     folder, env = workplace
-    nodes = two_nodes(folder, env, 1, free_port(), LOGS_PATH=str(tmp_path), ITERATIONS="1000000",
-                      TRAIN_LOG_EVERY="1")
+    nodes = two_nodes(
+        folder,
+        env,
+        1,
+        free_port(),
+        LOGS_PATH=str(tmp_path),
+        ITERATIONS="1000000",
+        TRAIN_LOG_EVERY="1",
+    )
     for line in iter(nodes[0].stdout.readline, ""):
         if line.startswith("step:"):
             break
-    dead = [p for p in children(nodes[1].pid)
-            if b"train_gpt.py" in open(f"/proc/{p}/cmdline", "rb").read()]
+    dead = ranks(nodes[1])[0]
     began = time.monotonic()
-    os.kill(dead[0], signal.SIGKILL)
+    os.kill(dead, signal.SIGKILL)
     outs = [p.communicate(timeout=120) for p in nodes]
     assert time.monotonic() - began < 60 and all(p.returncode != 0 for p in nodes)
     ours = [x for x in outs[0][1].splitlines() if x.startswith("error: ")]
     assert ours == ["error: rank 1 of 2 died or does not answer (during training)"], outs[0][1]
-    assert "\nfinal " not in outs[0][0] and "train_gpt.py\", line" not in outs[0][1]
+    assert "\nfinal " not in outs[0][0] and 'train_gpt.py", line' not in outs[0][1]
 
 
 def test_a_rank_that_hangs_is_named_after_the_timeout(workplace, tmp_path):
     folder, env = workplace
-    nodes = two_nodes(folder, env, 1, free_port(), LOGS_PATH=str(tmp_path), ITERATIONS="1000000",
-                      TRAIN_LOG_EVERY="1", DIST_TIMEOUT_SECONDS="5")
+    nodes = two_nodes(
+        folder,
+        env,
+        1,
+        free_port(),
+        LOGS_PATH=str(tmp_path),
+        ITERATIONS="1000000",
+        TRAIN_LOG_EVERY="1",
+        DIST_TIMEOUT_SECONDS="5",
+    )
     for line in iter(nodes[0].stdout.readline, ""):
         if line.startswith("step:"):
             break
-    hung = [p for p in children(nodes[1].pid)
-            if b"train_gpt.py" in open(f"/proc/{p}/cmdline", "rb").read()]
-    os.kill(hung[0], signal.SIGSTOP)
+    hung = ranks(nodes[1])[0]
+    os.kill(hung, signal.SIGSTOP)
     out, err = nodes[0].communicate(timeout=120)
-    os.kill(hung[0], signal.SIGKILL)
+    os.kill(hung, signal.SIGKILL)
     nodes[1].communicate(timeout=120)
     assert nodes[0].returncode != 0
     assert "error: rank 1 of 2 died or does not answer (during training)" in err.splitlines()
@@ -228,8 +294,10 @@ def test_out_of_memory_divides_the_micro_batch(data, tiny_model, monkeypatch):
             if len(tokens) > 7:
                 raise torch.OutOfMemoryError("no memory")
             return forward(tokens, wanted)
+
         made.forward = small
         return made
+
     made = trainer()
     assert made.micro == 24
     made.warm_up()

@@ -14,8 +14,11 @@ SCORES = {1: 1.10, 2: 1.12, 3: 1.13}
 
 
 def summary(*args):
-    return subprocess.run([sys.executable, str(ROOT / "tools/summary.py"), *map(str, args)],
-                          text=True, capture_output=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/summary.py"), *map(str, args)],
+        text=True,
+        capture_output=True,
+    )
 
 
 @pytest.fixture
@@ -39,7 +42,8 @@ def change(path, **values):
     for name, value in values.items():
         section, key = name.split("__")
         part = record[section]
-        (part[-1] if isinstance(part, list) else part)[key] = value
+        last = part[-1] if isinstance(part, list) else part
+        last[key] = value
     path.write_text(json.dumps(record))
 
 
@@ -49,15 +53,17 @@ def test_table_and_statistics(runs):
     mean = sum(SCORES.values()) / 3
     std = math.sqrt(sum((x - mean) ** 2 for x in SCORES.values()) / 2)
     assert f"val_bpb mean {mean:.8f} std {std:.8f} over 3 runs" in done.stdout
-    assert all(f"run{seed}" in done.stdout and f"{bpb:.8f}" in done.stdout
-               for seed, bpb in SCORES.items())
+    for seed, bpb in SCORES.items():
+        assert f"run{seed}" in done.stdout and f"{bpb:.8f}" in done.stdout
     assert done.stdout.count("calibrated") == 3 and done.stdout.count(" PASS ") == 3
 
 
 def test_t_tests(runs):
     """Student's t with two degrees of freedom has a closed form."""
+
     def below(t):
         return 0.5 + t / (2 * math.sqrt(2 + t * t))
+
     mean = sum(SCORES.values()) / 3
     std = math.sqrt(sum((x - mean) ** 2 for x in SCORES.values()) / 2)
     for baseline, margin in ((1.15, 0.0), (1.15, 0.02), (1.0, 0.0)):
@@ -87,21 +93,37 @@ def test_a_records_folder_runs_from_there(runs, tmp_path):
     done = summary(*runs, "--record", folder)
     assert done.returncode == 0, done.stderr
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert names >= {"README.md", "submission.json", "train_gpt.py", "requirements.txt",
-                     "train_seed1.log", "train_seed2.log", "train_seed3.log"}
+    assert names >= {
+        "README.md",
+        "submission.json",
+        "train_gpt.py",
+        "requirements.txt",
+        "train_seed1.log",
+        "train_seed2.log",
+        "train_seed3.log",
+    }
     assert (folder / "train_seed2.log").read_text() == "log of seed 2\n"
     assert "1.11666667" in (folder / "README.md").read_text()
-    started = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=folder, text=True,
-                             capture_output=True)
+    started = subprocess.run(
+        [sys.executable, "train_gpt.py", "--help"], cwd=folder, text=True, capture_output=True
+    )
     assert started.returncode == 0 and "RECIPE=pr1094" in started.stdout
     assert "exists" in summary(*runs, "--record", folder).stderr
 
 
-@pytest.mark.parametrize("change_to, words", [
-    (dict(config__recipe="pr889"), ["recipe", "pr889"]), (dict(config__scale="full"), ["scale"]),
-    (dict(final__scoring="neural"), ["scoring"]), (dict(facts__code_sha256="x"), ["code"]),
-    (dict(corpus__vocabulary_sha256="x"), ["corpus"]), (dict(corpus__val_targets=7), ["targets"]),
-    (dict(final__seed=1), ["seed 1", "2 times"])], ids=str)
+@pytest.mark.parametrize(
+    "change_to, words",
+    [
+        (dict(config__recipe="pr889"), ["recipe", "pr889"]),
+        (dict(config__scale="full"), ["scale"]),
+        (dict(final__scoring="neural"), ["scoring"]),
+        (dict(facts__code_sha256="x"), ["code"]),
+        (dict(corpus__vocabulary_sha256="x"), ["corpus"]),
+        (dict(corpus__val_targets=7), ["targets"]),
+        (dict(final__seed=1), ["seed 1", "2 times"]),
+    ],
+    ids=str,
+)
 def test_runs_that_are_not_alike(runs, tmp_path, change_to, words):
     change(runs[2], **change_to)
     done = summary(*runs, "--record", tmp_path / "x", "--submission", tmp_path / "y")
@@ -112,11 +134,21 @@ def test_runs_that_are_not_alike(runs, tmp_path, change_to, words):
     assert summary(*runs, "--mixed", "--record", tmp_path / "x").returncode == 2
 
 
-@pytest.mark.parametrize("content, word", [
-    (None, "No such file"), ("{", "not JSON"), ("[]", "finished run"), ("{}", "finished run"),
-    ('{"final": []}', "finished run")])
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[]", "finished run"),
+        ("{}", "finished run"),
+        ('{"final": []}', "finished run"),
+    ],
+)
 def test_files_that_are_no_records(runs, content, word):
-    runs[1].unlink() if content is None else runs[1].write_text(content)
+    if content is None:
+        runs[1].unlink()
+    else:
+        runs[1].write_text(content)
     done = summary(*runs)
     assert done.returncode == 2 and word in done.stderr and runs[1].name in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not done.stdout

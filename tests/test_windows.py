@@ -29,10 +29,10 @@ def test_ranks_share_all_batches_and_spans_tile(count, stride, batch, world):
     cfg = golf.replace(golf.Config(), eval_seq_len=10, eval_batch_windows=batch)
     num_targets = 10 * count
     grid = golf.Grid(num_targets, cfg, stride, world)
-    assert [b for batches in grid.batches for b in batches] == list(
-        range(sum(map(len, grid.batches))))
+    shared = [b for batches in grid.batches for b in batches]
+    assert shared == list(range(len(shared)))
     position = 0
-    for batches, (start, end) in zip(grid.batches, grid.spans):
+    for batches, (start, end) in zip(grid.batches, grid.spans, strict=True):
         rows = [grid.rows(b) for b in batches]
         scored = torch.cat(rows) if rows else torch.empty(0, 3, dtype=torch.int64)
         spans = [(int(a), int(b)) for _, a, b in scored if b > a]
@@ -53,8 +53,8 @@ def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
     with torch.no_grad():
         for start, first, end in list(golf.windows(len(corpus.val) - 1, 64, 16))[:40:7]:
             logp = model.logits(corpus.val[None, start:end]).double().log_softmax(-1)[0]
-            logp = logp[first - start:]
-            targets = corpus.val[first + 1:end + 1, None]
+            logp = logp[first - start :]
+            targets = corpus.val[first + 1 : end + 1, None]
             span = slice(first, end)
             want = [logp.gather(1, targets)[:, 0], -(logp.exp() * logp).sum(1)]
             hint = hints[span, None]
@@ -97,8 +97,8 @@ def test_batches_and_ranks_do_not_change_a_score(data, tiny_model, run):
         assert torch.allclose(got, want, atol=1e-5, rtol=0)
     neural, parts = golf.NeuralPass(model, corpus, cfg, run, 16), []
     neural.grid = golf.Grid(642, cfg, 16, 5)
-    neural.grid.batches, spans = [], list(zip(neural.grid.batches, neural.grid.spans))
-    for batches, (start, end) in spans:
+    shares = list(zip(neural.grid.batches, neural.grid.spans, strict=True))
+    for batches, (start, end) in shares:
         neural.grid.batches, neural.start, neural.end = [batches], start, end
         parts.append(neural.columns())
     assert torch.equal(torch.cat(parts), want)
@@ -114,4 +114,4 @@ def test_threads_do_not_change_a_bit(data, tiny_model):
         torch.set_num_threads(count)
         threads.append(neural.columns())
     torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*threads))
+    assert all(torch.equal(a, b) for a, b in zip(*threads, strict=True))

@@ -5,7 +5,7 @@
     LOAD_ARTIFACT=x.int6.ptz python bench/mixers.py --masses 1000    sums over the vocabulary
 
 Constants were tuned on the first half of a stream; the second half is the report. Every evaluation
-saves its neural pass (tools/saved_pass.py). A pass knows of each target one hint, the longest
+saves its neural pass (save_neural_pass). A pass knows of each target one hint, the longest
 context's, up to MIXER_MAX_ORDER: a table of shorter orders needs a pass made with that variable.
 """
 
@@ -27,7 +27,7 @@ LEVELS = len(golf.SHORT_ORDERS)  # of the document, before those of the stream
 
 def load(path):
     """(tokens (N+1,), byte_counts (N,), NeuralColumns) of a saved pass."""
-    saved = golf.read_weights(path)
+    saved = golf.read_tensors(path)
     neural = golf.NeuralColumns(*saved["columns"].unbind(1))
     return saved["tokens"], saved["byte_counts"].double(), neural
 
@@ -78,7 +78,7 @@ class Table:
         """A row of a recipe's rule with exact counts."""
         cfg, _ = golf.load_config(dict(RECIPE=recipe))
         started = time.perf_counter()
-        counted = golf.Rule().counted(self.tokens, (0, len(self.sizes)), cfg)
+        counted = golf.BackoffRule().counted(self.tokens, (0, len(self.sizes)), cfg)
         part = golf.backoff_columns(counted, "context", cfg)
         logp = golf.backoff_logp(self.neural.logp, self.neural.entropy, part, cfg)
         self.row(f"backoff {recipe}, exact counts", logp, time.perf_counter() - started)
@@ -191,7 +191,7 @@ def masses(count):
     with mock.patch.object(golf, "MASS_POSITIONS", count):
         evaluation = golf.Evaluation(model, data, cfg, run)
     evaluation.neural_pass()
-    for scoring in evaluation.order:
+    for scoring in evaluation.scorings:
         evaluation.score(scoring, 0.0)
     evaluation.masses()
     for scoring, row in evaluation.rows.items():

@@ -76,11 +76,10 @@ def clip_search(weights, limit, floor, per_row):
 def ans_bytes(stored, weights):
     """Size of codes and float16 tensors with our coder."""
     codes = {n: t for n, t in stored.items() if t.dtype == torch.int8}
-    side, words = golf.ans_encode(
-        [t.view(-1, *weights[n].shape[-2:]).numpy() for n, t in codes.items()]
-    )
+    cubes = [t.view(-1, *weights[n].shape[-2:]).numpy() for n, t in codes.items()]
+    packed = golf.ans_encode(cubes)
     rest = b"".join(t.numpy().tobytes() for n, t in stored.items() if n not in codes)
-    return len(words) + len(lzma.compress(side + rest, preset=9))
+    return len(packed.after) + len(lzma.compress(packed.inside + rest, preset=9))
 
 
 class Judge:
@@ -156,9 +155,10 @@ def methods(judge, bits):
 
 def coders(tensors, cfg):
     """The table of coders: what each makes of the same codes, steps and float16 values."""
-    plain = {n: t.codes if t.limit else t.steps for n, t in tensors.items()}
-    plain |= {f"{n}.steps": t.steps for n, t in tensors.items() if t.limit}
-    data, codes = saved(plain), [t.codes for t in tensors.values() if t.limit]
+    coded = {n: t for n, t in tensors.items() if isinstance(t, golf.CodedTensor)}
+    plain = {n: t.codes if n in coded else t.values for n, t in tensors.items()}
+    plain |= {f"{n}.steps": t.step_logs for n, t in coded.items()}
+    data, codes = saved(plain), [t.codes for t in coded.values()]
     counts = [np.unique(c, return_counts=True)[1] for c in codes]
     entropy = sum(float((n * np.log2(n.sum() / n)).sum()) / 8 for n in counts)
     rows = {

@@ -30,7 +30,6 @@ from common import (
     scales,
     setup,
 )
-from tools.prepare_text import write_shard
 
 MOMENTUM, LR_SCALE = 0.95, 1.0
 
@@ -163,7 +162,7 @@ def bench(scale, folder, args):
     print(f"{scale}: {cfg.train_batch_tokens} tokens of {cfg.train_seq_len}, {run.device}")
     path = Path(folder, f"{scale}.bin")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 9 * cfg.train_batch_tokens)
-    write_shard(path, tokens)
+    golf.write_shard(path, tokens)
     data = SimpleNamespace(train=golf.TokenStream([str(path)], cfg.vocab_size))
     work = dict(ours=OurStep(model, data, cfg, run), plain=PlainStep(plain_model, data, cfg, run))
     compare(work["ours"], work["plain"], model.compute_dtype == torch.bfloat16)

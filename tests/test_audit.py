@@ -20,7 +20,7 @@ def artifact(trained):
 def evaluated(data, artifact, targets=1024, **values):
     """An evaluation of the tiny artifact over a short stream, scored by its headline."""
     cfg, run, corpus = data
-    corpus = corpus._replace(val=corpus.val[: targets + 1])
+    corpus = golf.replace(corpus, val=corpus.val[: targets + 1])
     cfg, tensors = golf.unpack(
         artifact.read_bytes(), golf.replace(cfg, **values), corpus.corpus["vocabulary_sha256"]
     )
@@ -109,7 +109,7 @@ def test_tables_updated_before_the_score_are_found(data, artifact, monkeypatch):
 
     def eager(self, x):
         if x.logp.numel() > 1 and x.is_hint.sum() != 1:
-            update(self, predict(self, x))
+            update(self, predict(self, x)[1])
         return predict(self, x)
 
     monkeypatch.setattr(golf.CalibratedMixer, "predict", eager)
@@ -121,7 +121,7 @@ def test_a_byte_table_off_by_one_is_found(data, artifact, monkeypatch):
     evaluation = evaluated(data, artifact, **SMALL)
     table = golf.ByteTable(corpus.tokenizer)
     table.base[int(torch.bincount(corpus.val[1:1025]).argmax())] += 1
-    evaluation.data = evaluation.data._replace(table=table)
+    evaluation.data = golf.replace(evaluation.data, table=table)
     assert failed(evaluation, monkeypatch) == {"bytes"}
 
 
@@ -130,7 +130,7 @@ def test_an_unknown_token_among_the_targets_is_found(data, artifact, monkeypatch
     val = evaluation.data.val.clone()
     unknown = evaluation.data.tokenizer.unk_id()
     val[1000] = unknown
-    evaluation.data = evaluation.data._replace(val=val)
+    evaluation.data = golf.replace(evaluation.data, val=val)
     row = golf.audit_bytes(evaluation)
     assert not row["passed"] and row["unknown_targets"] == 1 and unknown > 0
 
@@ -143,7 +143,7 @@ def test_only_the_streams_end_may_cut_a_character(data):
 
     def row(*tokens):
         val = torch.tensor([t for part in tokens for t in part])
-        return golf.audit_bytes(types.SimpleNamespace(data=corpus._replace(val=val)))
+        return golf.audit_bytes(types.SimpleNamespace(data=golf.replace(corpus, val=val)))
 
     assert row(whole, whole)["passed"] and row(whole, whole[:-1])["passed"]
     cut = row(whole[:-1], whole)

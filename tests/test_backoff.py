@@ -143,7 +143,7 @@ def test_masses_of_each_kind_of_rule(data, tiny_model):
     )
     evaluation = golf.Evaluation(model, corpus, cfg, run)
     evaluation.neural_pass()
-    for scoring in evaluation.order:
+    for scoring in evaluation.scorings:
         evaluation.score(scoring, 0.0)
     evaluation.masses()
     rows = evaluation.rows

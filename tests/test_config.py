@@ -1,5 +1,8 @@
 """Configuration: precedence, aliases, idle variables, and errors that help."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +117,7 @@ def test_aliases_set_their_field_and_are_logged():
         (dict(BIGRAM_VOCAB_SIZE="1"), ["BIGRAM_VOCAB_SIZE=1"]),
         (dict(VE_LAYERS="9;10"), ["VE_LAYERS='9;10'", "numbers"]),
         (dict(RUN_ID="a/b"), ["RUN_ID=a/b"]),
-        (dict(SCALE="tiny"), ["SCALE='tiny'", "full", "demo"]),
+        (dict(SCALE="demos"), ["SCALE='demos'", "full", "demo"]),
         (dict(MATRIX_BITS="9"), ["MATRIX_BITS='9'", "from 2 to 8"]),
         (dict(SEED="-1"), ["SEED='-1'", "from 0"]),
         (dict(SCALE="demo", NUM_HEADS="1", NUM_KV_HEADS="0"), ["NUM_KV_HEADS='0'", "from 1"]),
@@ -225,7 +228,76 @@ def test_every_recipe_resolves_at_both_scales(recipe, scale):
 
 
 def test_help_lists_every_variable_and_recipe():
-    text = golf.tool("help").help_text()
+    text = golf.help_text()
     for name in [*KNOWN, *golf.RECIPES, "DTG_ENABLED", "TTT_*"]:
         assert name in text, name
     assert all(f.metadata["meaning"] in text for f in FIELDS.values())
+
+
+def test_variables_of_other_programs_end_no_run():
+    foreign = dict(LOG_PATH="/var/log", DEBUG="*", SEED="abc", SCALE="2", DEVICE="/dev/sda")
+    cfg, notes = golf.load_config(foreign)
+    assert cfg == golf.load_config({})[0]
+    for name in ("DEBUG", "SEED", "SCALE", "DEVICE"):
+        assert any(f"variable {name}={foreign[name]!r}" in n and "ignored" in n for n in notes), (
+            name
+        )
+    assert not any("LOG_PATH" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "env", [dict(SCALE="ful"), dict(DEVICE="cuda:1"), dict(SEED="-1")], ids=str
+)
+def test_a_near_miss_of_a_shared_variable_is_an_error(env):
+    with pytest.raises(golf.RunError, match=next(iter(env))):
+        golf.load_config(env)
+
+
+def test_the_scale_is_full_where_cuda_may_be_used_and_shards_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(golf.torch.cuda, "is_available", lambda: True)
+    golf.write_shard(tmp_path / "x_train_0.bin", golf.np.array([1, 2, 3]))
+    env = dict(DATA_PATH=str(tmp_path))
+    assert golf.load_config(env)[0].scale == "full"
+    assert golf.load_config(env | dict(DEVICE="cpu"))[0].scale == "demo"
+    assert golf.load_config(dict(DATA_PATH=f"{tmp_path}/none"))[0].scale == "demo"
+
+
+def test_a_plain_run_finds_what_the_fetch_command_fetches(monkeypatch, tmp_path):
+    """hf download --local-dir D puts the dataset's a/b/c at D/a/b/c."""
+    command = golf.FETCH.split("hf download ")[1].replace("'", "").split()
+    folder = tmp_path / command[command.index("--local-dir") + 1]
+    shards, tokenizers = command[command.index("--include") + 1 :]
+    (folder / shards).parent.mkdir(parents=True)
+    golf.write_shard(folder / shards.replace("*", "fineweb_val_000000.bin"), golf.np.array([1, 2]))
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = golf.load_config(dict(SCALE="full"))
+    assert golf.find_shards(cfg.data_path, "val")
+    wanted = folder / tokenizers.replace("*", "fineweb_1024_bpe.model")
+    assert golf.Path(cfg.tokenizer_path).absolute() == wanted
+    given, _ = golf.load_config(dict(SCALE="full", DATA_PATH="mine"))
+    assert (given.data_path, given.tokenizer_path) == ("mine", golf.Config.tokenizer_path)
+
+
+def test_help_may_be_cut_off():
+    script = f"{sys.executable} {golf.__file__} --help | head -n 1"
+    done = subprocess.run(script, shell=True, text=True, capture_output=True)
+    assert done.stdout.startswith("Parameter Golf") and not done.stderr
+
+
+def test_importing_needs_nothing_of_unix():
+    """Windows has no module resource; there the peak of memory is unknown, and nothing else."""
+    code = (
+        "import sys; sys.modules['resource'] = None; import train_gpt as golf, types, torch; "
+        "run = types.SimpleNamespace(device=torch.device('cpu')); "
+        "print(golf.Run.peak_memory_bytes(run))"
+    )
+    folder = golf.Path(golf.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, text=True, capture_output=True)
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_peak_memory_is_in_bytes_on_linux_and_macos(run, monkeypatch):
+    monkeypatch.setattr(golf.sys, "platform", "linux")
+    linux = run.peak_memory_bytes()
+    monkeypatch.setattr(golf.sys, "platform", "darwin")
+    assert linux > 100e6 and 1000 * run.peak_memory_bytes() < linux < 1100 * run.peak_memory_bytes()

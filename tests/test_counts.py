@@ -129,7 +129,9 @@ def test_a_scan_of_the_history_gives_every_column(tokens, target, begin):
     target = min(target, len(tokens) - 2)
     begin = min(begin, target)
     cfg, _ = golf.load_config(dict(VOCAB_SIZE="260"))
-    for order, counts in golf.scan_ngrams(torch.tensor(tokens), target, golf.Rule(), 6, cfg, begin):
+    for order, counts in golf.scan_ngrams(
+        torch.tensor(tokens), target, golf.BackoffRule(), 6, cfg, begin
+    ):
         for word in range(5):
             want = reference.count([*tokens[begin : target + 1], word], order)[-1]
             assert tuple(int(c[word]) for c in counts) == want

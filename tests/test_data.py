@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as golf
-from tools import prepare_text as prepare
 
 # Any string that a text can hold: no surrogates, and not SentencePiece's own space.
 TEXT = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=60)
@@ -81,9 +80,9 @@ def test_an_unknown_token_breaks_the_balance(tokenizer, data):
 
 def test_every_document_is_checked_when_it_is_encoded(tokenizer, data):
     table = data[2].table
-    assert len(prepare.encode_documents(tokenizer, [("x", "one two")], table)) > 1
+    assert len(golf.encode_documents(tokenizer, [("x", "one two")], table)) > 1
     with pytest.raises(golf.RunError, match="^x: .* bytes"):
-        prepare.encode_documents(tokenizer, [("x", "one \u2581two")], table)
+        golf.encode_documents(tokenizer, [("x", "one \u2581two")], table)
 
 
 def test_prepared_text_is_reused_and_made_again_when_it_changes(data, workplace, tmp_path):
@@ -92,9 +91,9 @@ def test_prepared_text_is_reused_and_made_again_when_it_changes(data, workplace,
     for path in sample:
         (tmp_path / golf.Path(path).name).write_bytes(golf.Path(path).read_bytes())
     cfg = golf.replace(cfg, text_files=f"{tmp_path}/*.txt", prepared_path=str(tmp_path / "made"))
-    first = prepare.prepare_text(cfg, run)
+    first = golf.prepare_text(cfg, run)
     before = {p.name: p.stat().st_mtime_ns for p in first.iterdir()}
-    assert prepare.prepare_text(cfg, run) == first
+    assert golf.prepare_text(cfg, run) == first
     assert {p.name: p.stat().st_mtime_ns for p in first.iterdir()} == before
     assert set(before) == {
         "tokenizer.model",
@@ -104,23 +103,23 @@ def test_prepared_text_is_reused_and_made_again_when_it_changes(data, workplace,
     }
     with open(tmp_path / golf.Path(sample[0]).name, "a") as file:
         file.write("# one more line\n")
-    assert prepare.prepare_text(cfg, run) != first
-    assert prepare.prepare_text(golf.replace(cfg, vocab_size=400), run) not in (None, first)
+    assert golf.prepare_text(cfg, run) != first
+    assert golf.prepare_text(golf.replace(cfg, vocab_size=400), run) not in (None, first)
 
 
 def test_documents_stay_whole_and_the_split_does_not_depend_on_order():
     documents = [(f"d{i}", f"{i} " + "x\n" * (50 + i)) for i in range(60)]
-    train, val = prepare.split_documents(documents)
+    train, val = golf.split_documents(documents)
     assert sorted(train + val) == sorted(documents) and not set(train) & set(val)
     share = sum(len(t) for _, t in val) / sum(len(t) for _, t in documents)
     assert 0.1 <= share < 0.15
-    assert prepare.split_documents(documents[::-1]) == (train, val)
+    assert golf.split_documents(documents[::-1]) == (train, val)
 
 
 def test_the_split_does_not_depend_on_where_the_files_lie():
     texts = [f"{i} " + "x\n" * (50 + i) for i in range(60)]
     splits = [
-        prepare.split_documents([(f"{folder}/{i}", t) for i, t in enumerate(texts)])
+        golf.split_documents([(f"{folder}/{i}", t) for i, t in enumerate(texts)])
         for folder in ("/a", "/b/c")
     ]
     assert len({tuple(t for _, t in val) for _, val in splits}) == 1
@@ -146,7 +145,7 @@ def test_a_stream_reads_cyclically_across_shards(sizes, start, count):
         paths, total = [], 0
         for k, size in enumerate(sizes):
             paths.append(f"{folder}/x_train_{k:06d}.bin")
-            prepare.write_shard(golf.Path(paths[-1]), np.arange(total, total + size) % 500)
+            golf.write_shard(golf.Path(paths[-1]), np.arange(total, total + size) % 500)
             total += size
         stream = golf.TokenStream(paths, 500)
         want = [(start + i) % total % 500 for i in range(count)]
@@ -160,7 +159,7 @@ def test_batches_are_the_same_for_any_number_of_ranks(data, world):
 
     def loader(rank, count):
         place = copy.copy(run)
-        place.rank, place.world = rank, count
+        place.rank, place.world_size = rank, count
         return golf.TrainLoader(corpus.train, cfg, place)
 
     whole, parts = loader(0, 1), [loader(r, world) for r in range(world)]
@@ -231,7 +230,7 @@ def test_random_bytes_are_no_shard_and_no_tokenizer(blob):
 
 def test_few_documents_are_cut_at_line_ends():
     text = "".join(f"line {i}\n" for i in range(1000))
-    train, val = prepare.split_documents([("a", text)])
+    train, val = golf.split_documents([("a", text)])
     parts = sorted((t for _, t in train + val), key=text.index)
     assert "".join(parts) == text and len(parts) >= 15 and len(val) >= 2
     assert all(t.endswith("\n") for t in parts)
@@ -240,9 +239,9 @@ def test_few_documents_are_cut_at_line_ends():
 def test_text_with_the_space_sign_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one \u2581 two", "utf-8")
     with pytest.raises(golf.RunError, match="U\\+2581"):
-        prepare.user_documents(f"{tmp_path}/*.txt")
+        golf.user_documents(f"{tmp_path}/*.txt")
 
 
 def test_python_brings_enough_text():
-    documents = prepare.python_documents()
+    documents = golf.python_documents()
     assert sum(len(t) for _, t in documents) > 3_000_000 and len(documents) > 200

@@ -10,7 +10,6 @@ import pytest
 
 import train_gpt as golf
 from conftest import ROOT, TINY
-from tools.prepare_text import write_shard
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def shards(data, tmp_path_factory):
     def make(**tokens):
         folder = tmp_path_factory.mktemp("shards")
         for split, values in tokens.items():
-            write_shard(folder / f"x_{split}_000000.bin", np.asarray(values))
+            golf.write_shard(folder / f"x_{split}_000000.bin", np.asarray(values))
         return dict(TEXT_FILES="", DATA_PATH=str(folder), TOKENIZER_PATH=corpus.corpus["tokenizer"])
 
     return make
@@ -103,10 +102,10 @@ def test_unwritable_folders(workplace, run):
 def test_a_batch_that_ranks_cannot_share():
     cfg, _ = golf.load_config(dict(SCALE="demo", TRAIN_BATCH_TOKENS="1024"))
     for world in (1, 2, 4):
-        assert golf.micro_batch_tokens(cfg, world) == 1024 // world
+        assert golf.fit_micro_batch(cfg, world) == 1024 // world
     for world in (3, 5, 8):
         with pytest.raises(golf.RunError, match=f"=1024: .* {world} ranks"):
-            golf.micro_batch_tokens(cfg, world)
+            golf.fit_micro_batch(cfg, world)
 
 
 @pytest.mark.parametrize("back_end", ["flash2", "flash3"])
@@ -253,7 +252,7 @@ def test_an_error_on_another_rank_is_told_by_the_first(job, shards):
     """Only rank 1 reads the shard with the foreign token, in its first batch."""
     variables = shards(train=[5] * 6400, val=[5] * 999)
     path = golf.Path(variables["DATA_PATH"]) / "x_train_000001.bin"
-    write_shard(path, np.array([5] * 3000 + [600]))
+    golf.write_shard(path, np.array([5] * 3000 + [600]))
     check(job(2, TRAIN_BATCH_TOKENS="128", **variables), "x_train_000001.bin", "token 600")
 
 
@@ -282,24 +281,30 @@ def test_artifacts_of_another_vocabulary_and_damaged(job, trained, text_folder, 
     check(job(LOAD_ARTIFACT=str(tmp_path / "bad.ptz")), "artifact", "damaged", "SHA-256")
 
 
-def test_a_lone_file_asks_for_shards(tmp_path, shards):
-    """Without tools/ beside it train_gpt.py makes no shards of text; on shards it runs."""
+def test_a_lone_file_does_everything(text_folder, tmp_path):
+    """In an empty folder, beside no other file of ours, with another package named tools around."""
     shutil.copy(golf.__file__, tmp_path)
+    (tmp_path / "elsewhere" / "tools").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "tools" / "__init__.py").write_text("raise SystemExit('not ours')")
 
-    def run(**env):
+    def run(*args, **variables):
+        env = {k: v for k, v in TINY.items() if k != "AUTHOR"} | variables
+        env |= dict(PATH="/usr/bin:/bin", OMP_NUM_THREADS="1", PYTHONPATH=f"{tmp_path}/elsewhere")
         return subprocess.run(
-            [sys.executable, "train_gpt.py"],
+            [sys.executable, "train_gpt.py", *args],
             cwd=tmp_path,
             text=True,
             capture_output=True,
-            env=dict(PATH="/usr/bin:/bin", OMP_NUM_THREADS="1") | env,
+            env=env | dict(TEXT_FILES=f"{text_folder}/*.txt", VAL_TOKENS="2048"),
         )
 
-    done = run(TEXT_FILES="*.py")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "tools/prepare_text.py" in done.stderr
-    tokens = np.arange(40_000) % 400 + 4
-    variables = shards(train=tokens, val=tokens[:1000])
-    tiny = {k: v for k, v in TINY.items() if k not in ("VAL_TOKENS", "SCALE")}
-    done = run(SCALE="demo", **tiny | variables | dict(ITERATIONS="2", VAL_TOKENS="512"))
-    assert done.returncode == 0 and "\nfinal val_loss:" in done.stdout, done.stderr
+    done = run(AUDIT="strict", CHECKPOINT_SECONDS="1e-6", ITERATIONS="3")
+    assert done.returncode == 0 and done.stdout.count(" PASS ") == 5, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("final val_loss:")
+    size = (tmp_path / "train_gpt.py").stat().st_size
+    assert f" code_bytes:{size} " in done.stdout
+    again = run(RESUME="1", ITERATIONS="3")
+    assert again.returncode == 0 and "resumed logs/golf-demo-1337.checkpoint" in again.stdout
+    assert "RECIPE=pr1094" in run("--help").stdout
+    misspelled = run(MODEL_DIMM="32")
+    assert misspelled.returncode == 2 and "did you mean MODEL_DIM?" in misspelled.stderr

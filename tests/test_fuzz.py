@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as golf
-from tools.prepare_text import write_shard
 
 
 @st.composite
@@ -43,7 +42,7 @@ def place(tmp_path_factory):
 
 
 def test_shards(place):
-    write_shard(place, np.random.RandomState(0).randint(0, 512, 700))
+    golf.write_shard(place, np.random.RandomState(0).randint(0, 512, 700))
     blob = place.read_bytes()
 
     @given(damaged(blob, 1100))
@@ -88,7 +87,7 @@ def test_weights(place, data, tiny_model):
     def check(bad):
         place.write_bytes(bad)
         try:
-            built = golf.build_model(cfg, data[1], golf.read_weights(place))
+            built = golf.build_model(cfg, data[1], golf.read_tensors(place))
         except golf.RunError as error:
             assert "\n" not in str(error)
         else:

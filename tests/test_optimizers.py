@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import train_gpt as golf
-from tools import prepare_text as prepare
 
 LOSSES = [6.2383, 5.6305, 4.5983, 4.2062, 4.1163, 4.0406, 4.0036, 3.8999, 3.8600, 3.8279]
 
@@ -97,12 +96,12 @@ def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip):
 
 def test_micro_batches_divide_a_ranks_share():
     cfg = golf.Config()
-    assert all(golf.micro_batch_tokens(cfg, world) == 98304 for world in (1, 8))
-    assert golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 16), 8) == 2048 * 16
+    assert all(golf.fit_micro_batch(cfg, world) == 98304 for world in (1, 8))
+    assert golf.fit_micro_batch(golf.replace(cfg, micro_batch_tokens=2048 * 16), 8) == 2048 * 16
     with pytest.raises(golf.RunError, match="sequences of 2048 do not divide among 5 ranks"):
-        golf.micro_batch_tokens(cfg, 5)
+        golf.fit_micro_batch(cfg, 5)
     # 48 sequences in equal parts of at most 7
-    assert golf.micro_batch_tokens(golf.replace(cfg, micro_batch_tokens=2048 * 7), 8) == 2048 * 6
+    assert golf.fit_micro_batch(golf.replace(cfg, micro_batch_tokens=2048 * 7), 8) == 2048 * 6
 
 
 def test_ten_steps_of_training_have_these_losses(data, tmp_path):
@@ -115,7 +114,7 @@ def test_ten_steps_of_training_have_these_losses(data, tmp_path):
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(0, 64, (40_000,), generator=generator)
     tokens[1::2] = (3 * tokens[0::2] + 7) % 64  # every second token follows from the one before
-    prepare.write_shard(tmp_path / "x_train_0.bin", tokens.numpy())
+    golf.write_shard(tmp_path / "x_train_0.bin", tokens.numpy())
     stream = golf.TokenStream([str(tmp_path / "x_train_0.bin")], cfg.vocab_size)
     cfg = golf.replace(
         cfg,
@@ -128,6 +127,6 @@ def test_ten_steps_of_training_have_these_losses(data, tmp_path):
     )
     run.record["train"].clear()
     model = golf.build_model(cfg, run)
-    golf.Trainer(model, corpus._replace(train=stream), cfg, run).train()
+    golf.Trainer(model, golf.replace(corpus, train=stream), cfg, run).train()
     losses = [row["train_loss"] for row in run.record["train"]]
     assert losses == pytest.approx(LOSSES, abs=2e-3), losses

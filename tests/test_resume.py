@@ -144,7 +144,7 @@ def test_killed_at_any_moment_a_run_goes_on_or_says_what_is_missing(job, tmp_pat
             process.communicate()
             killed.append(go_on)
             for path in tmp_path.glob("*.safetensors"):  # what has a final name is whole
-                golf.read_weights(path)
+                golf.read_tensors(path)
             continue
         assert process.returncode == 0 and not err, (go_on, err)
         assert out.strip().splitlines()[-1].startswith("final ")
@@ -179,7 +179,7 @@ def test_a_full_disk_loses_files_but_no_result(workplace, trained, tmp_path, siz
     for path in tmp_path.glob("*.json"):
         golf.json.loads(path.read_text())
     for path in tmp_path.glob("*.safetensors"):
-        golf.read_weights(path)
+        golf.read_tensors(path)
 
 
 def two_nodes(folder, env, per_node, port, **variables):
@@ -299,8 +299,8 @@ def test_out_of_memory_divides_the_micro_batch(data, tiny_model, monkeypatch):
         return made
 
     made = trainer()
-    assert made.micro == 24
+    assert made.micro_batch == 24
     made.warm_up()
-    assert made.micro == 6 and run.record["warmup"][-1]["micro_batch_tokens"] == 6 * 64
+    assert made.micro_batch == 6 and run.record["warmup"][-1]["micro_batch_tokens"] == 6 * 64
     with pytest.raises(torch.OutOfMemoryError):
         trainer(micro_batch_tokens=24 * 64).warm_up()

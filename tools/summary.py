@@ -21,69 +21,117 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME = ("recipe", "scale")  # of the configuration; besides scoring, corpus and code
-SHIPPED = ("train_gpt.py", "requirements.txt", *(
-    f"tools/{p.name}" for p in sorted(ROOT.glob("tools/*.py")) if p != Path(__file__).resolve()))
+SHIPPED = ("train_gpt.py", "requirements.txt")
+SEED_KEYS = (  # of the table's columns, those that submission.json gives for each seed
+    "seed",
+    "val_bpb",
+    "val_loss",
+    "steps",
+    "train_seconds",
+    "eval_seconds",
+    "total_bytes",
+    "audit",
+)
+
 
 class SummaryError(Exception):
     """Bad input: one line for the user."""
+
 
 def read_run(path: Path) -> dict:
     """The record of a finished run, with its path; SummaryError for any other file."""
     try:
         record = json.loads(path.read_text("utf-8"))
         final, facts = record["final"][-1], record["facts"]
-        for value in (final["val_bpb"], final["seed"], record["config"]["run_id"], facts["revision"],
-                      facts["code_sha256"], record["corpus"]["vocabulary_sha256"]):
-            assert value is not None
+        needed = (
+            final["val_bpb"],
+            final["seed"],
+            record["config"]["run_id"],
+            facts["revision"],
+            facts["code_sha256"],
+            record["corpus"]["vocabulary_sha256"],
+        )
+        if None in needed:
+            raise KeyError("a value is missing")
     except OSError as error:
         raise SummaryError(f"{path}: {error.strerror}") from None
     except ValueError:
         raise SummaryError(f"{path}: not JSON") from None
-    except (KeyError, IndexError, TypeError, AssertionError):
+    except (KeyError, IndexError, TypeError):
         raise SummaryError(f"{path}: not the record of a finished run") from None
     return record | dict(path=path)
 
+
 def check_alike(runs: list[dict]) -> None:
     """SummaryError if the runs are not one configuration under different seeds."""
+
     def facts(run):
         return {key: run["config"][key] for key in SAME} | dict(
-            scoring=run["final"][-1]["scoring"], code=run["facts"]["code_sha256"],
-            corpus=run["corpus"]["vocabulary_sha256"], targets=run["corpus"]["val_targets"])
+            scoring=run["final"][-1]["scoring"],
+            code=run["facts"]["code_sha256"],
+            corpus=run["corpus"]["vocabulary_sha256"],
+            targets=run["corpus"]["val_targets"],
+        )
+
     for run in runs[1:]:
         for key, value in facts(run).items():
             if value != facts(runs[0])[key]:
-                raise SummaryError(f"{run['path']}: its {key} is {value}, that of "
-                                   f"{runs[0]['path']} is {facts(runs[0])[key]}; --mixed shows the "
-                                   "table all the same")
+                raise SummaryError(
+                    f"{run['path']}: its {key} is {value}, that of "
+                    f"{runs[0]['path']} is {facts(runs[0])[key]}; --mixed shows the "
+                    "table all the same"
+                )
     seeds = [run["final"][-1]["seed"] for run in runs]
-    for run, seed in zip(runs, seeds):
+    for run, seed in zip(runs, seeds, strict=True):
         if seeds.count(seed) > 1:
             raise SummaryError(f"{run['path']}: seed {seed} appears {seeds.count(seed)} times")
+
+
+def verdict(audit: list[dict]) -> str:
+    """What the table shows of a run's audit."""
+    failed = [check["name"] for check in audit if check["verdict"] != "PASS"]
+    if failed:
+        return ",".join(failed) + " FAIL"
+    return "PASS" if audit else "none"
+
 
 def row(run: dict) -> dict:
     """What the table shows of a run."""
     final, trained = run["final"][-1], (run.get("trained") or [{}])[-1]
     used = {budget["name"]: budget["used"] for budget in run["budget"]}
-    failed = [check["name"] for check in run.get("audit", []) if check["verdict"] != "PASS"]
-    return dict(run_id=run["path"].stem, seed=final["seed"], val_bpb=final["val_bpb"],
-                val_loss=final["val_loss"], scoring=final["scoring"],
-                normalized=final["normalized"], audit="none" if not run.get("audit") else
-                ",".join(failed) + " FAIL" if failed else "PASS", steps=trained.get("steps"),
-                train_seconds=used.get("train_seconds"), eval_seconds=used.get("eval_seconds"),
-                total_bytes=final["total_bytes"])
+    return dict(
+        run_id=run["path"].stem,
+        seed=final["seed"],
+        val_bpb=final["val_bpb"],
+        val_loss=final["val_loss"],
+        scoring=final["scoring"],
+        normalized=final["normalized"],
+        audit=verdict(run.get("audit", [])),
+        steps=trained.get("steps"),
+        train_seconds=used.get("train_seconds"),
+        eval_seconds=used.get("eval_seconds"),
+        total_bytes=final["total_bytes"],
+    )
+
 
 def table(rows: list[dict]) -> str:
     """Aligned text, and mean and sample standard deviation of the scores."""
+
     def show(key, value):
         return f"{value:.8f}" if key in ("val_bpb", "val_loss") else str(value)
+
     lines = [list(rows[0])] + [[show(k, v) for k, v in r.items()] for r in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
+    text = []
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        text.append("  ".join(cells).rstrip())
     for key in ("val_bpb", "val_loss"):
         values = [r[key] for r in rows]
         spread = f" std {statistics.stdev(values):.8f}" if len(values) > 1 else ""
         text.append(f"{key} mean {statistics.mean(values):.8f}{spread} over {len(values)} runs")
     return "\n".join([*text, f"largest total_bytes {max(r['total_bytes'] for r in rows)}"])
+
 
 def p_value(values: list[float], baseline: list[float], margin: float) -> float:
     """One-sided p of "the mean is lower than the baseline by more than `margin`": a one-sample
@@ -99,20 +147,29 @@ def p_value(values: list[float], baseline: list[float], margin: float) -> float:
         return float(stats.ttest_1samp(values, shifted[0], alternative="less").pvalue)
     return float(stats.ttest_ind(values, shifted, equal_var=False, alternative="less").pvalue)
 
+
 def submission(runs: list[dict], rows: list[dict], test: dict) -> dict:
     """The challenge's submission.json over all seeds."""
     config, facts = runs[0]["config"], runs[0]["facts"]
     bpb, loss = ([r[key] for r in rows] for key in ("val_bpb", "val_loss"))
     out = {key: config[key] for key in ("author", "github_id", "recipe", "scale")}
     return out | dict(
-        val_bpb=statistics.mean(bpb), val_loss=statistics.mean(loss), seeds=[
-            {k: r[k] for k in ("seed", "val_bpb", "val_loss", "steps", "train_seconds",
-                               "eval_seconds", "total_bytes", "audit")} for r in rows],
-        val_bpb_std=statistics.stdev(bpb) if len(bpb) > 1 else None, scoring=rows[0]["scoring"],
+        val_bpb=statistics.mean(bpb),
+        val_loss=statistics.mean(loss),
+        seeds=[{key: r[key] for key in SEED_KEYS} for r in rows],
+        val_bpb_std=statistics.stdev(bpb) if len(bpb) > 1 else None,
+        scoring=rows[0]["scoring"],
         normalized=all(r["normalized"] == "yes" for r in rows),
-        bytes_total=max(r["total_bytes"] for r in rows), bytes_code=facts.get("code_bytes"),
-        world_size=facts["world_size"], gpu=facts["gpu"], torch=facts["torch"],
-        corpus=runs[0]["corpus"], revision=facts["revision"], **test)
+        bytes_total=max(r["total_bytes"] for r in rows),
+        bytes_code=facts.get("code_bytes"),
+        world_size=facts["world_size"],
+        gpu=facts["gpu"],
+        torch=facts["torch"],
+        corpus=runs[0]["corpus"],
+        revision=facts["revision"],
+        **test,
+    )
+
 
 def write_new(path: Path, text: str, force: bool) -> None:
     """Write under a temporary name, then rename; SummaryError if the file exists."""
@@ -122,6 +179,7 @@ def write_new(path: Path, text: str, force: bool) -> None:
     temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
 
+
 def make_record(folder: Path, runs: list[dict], rows: list[dict], result: dict) -> None:
     """README, submission.json, logs of each seed, and the code that made them."""
     if folder.exists():
@@ -129,17 +187,18 @@ def make_record(folder: Path, runs: list[dict], rows: list[dict], result: dict) 
     code = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
     for run in runs:
         if run["facts"]["code_sha256"] != code:
-            raise SummaryError(f"{run['path']}: made by another train_gpt.py than {ROOT}'s; check "
-                               f"out revision {run['facts']['revision']}")
+            raise SummaryError(
+                f"{run['path']}: made by another train_gpt.py than {ROOT}'s; check "
+                f"out revision {run['facts']['revision']}"
+            )
         if not run["path"].with_suffix(".txt").exists():
             raise SummaryError(f"{run['path'].with_suffix('.txt')}: the run's log is missing")
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
         for name in SHIPPED:
-            (made / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, made / name)
-        for run, own in zip(runs, rows):
+        for run, own in zip(runs, rows, strict=True):
             shutil.copy(run["path"].with_suffix(".txt"), made / f"train_seed{own['seed']}.log")
         (made / "submission.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         (made / "README.md").write_text(readme(runs, rows), "utf-8")
@@ -149,24 +208,37 @@ def make_record(folder: Path, runs: list[dict], rows: list[dict], result: dict) 
         shutil.rmtree(made, ignore_errors=True)
         raise
 
+
 def readme(runs: list[dict], rows: list[dict]) -> str:
     """The record's README: what was run, on what, and what came out."""
     config, facts, corpus = runs[0]["config"], runs[0]["facts"], runs[0]["corpus"]
     keys = list(rows[0])
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(str(r[k]) for k in keys) + " |" for r in rows]
-    hardware = f"{facts['world_size']}x {facts['gpu']}" if facts["gpu"] != "none" else (
-        f"{facts['cores']} CPU cores, {facts['machine']}")
-    return "\n".join([
-        f"# {config['recipe']} ({config['scale']}), {len(rows)} seeds", "",
-        f"Mean val_bpb {statistics.mean(r['val_bpb'] for r in rows):.8f}, scored by "
-        f"{rows[0]['scoring']} (normalized: {rows[0]['normalized']}).", "",
-        *lines, "", f"Run on {hardware}, torch {facts['torch']}, revision {facts['revision']};",
-        f"validation: {corpus['val_targets']} targets of {corpus['source']}.", "",
-        "    pip install -r requirements.txt",
-        f"    RECIPE={config['recipe']} SEED=<seed> torchrun --standalone "
-        f"--nproc_per_node={facts['world_size']} train_gpt.py", "",
-        "`train_seed<seed>.log` is each run's log: configuration, budgets, audit, score table.", ""])
+    hardware = f"{facts['world_size']}x {facts['gpu']}"
+    if facts["gpu"] == "none":
+        hardware = f"{facts['cores']} CPU cores, {facts['machine']}"
+    return "\n".join(
+        [
+            f"# {config['recipe']} ({config['scale']}), {len(rows)} seeds",
+            "",
+            f"Mean val_bpb {statistics.mean(r['val_bpb'] for r in rows):.8f}, scored by "
+            f"{rows[0]['scoring']} (normalized: {rows[0]['normalized']}).",
+            "",
+            *lines,
+            "",
+            f"Run on {hardware}, torch {facts['torch']}, revision {facts['revision']};",
+            f"validation: {corpus['val_targets']} targets of {corpus['source']}.",
+            "",
+            "    pip install -r requirements.txt",
+            f"    RECIPE={config['recipe']} SEED=<seed> torchrun --standalone "
+            f"--nproc_per_node={facts['world_size']} train_gpt.py",
+            "",
+            "`train_seed<seed>.log` is each run's log: configuration, budgets, audit, score table.",
+            "",
+        ]
+    )
+
 
 def run(options) -> None:
     """Everything the options ask for."""
@@ -182,14 +254,17 @@ def run(options) -> None:
         baseline = [float(x) for x in options.baseline.split(",")]
         p = p_value([r["val_bpb"] for r in rows], baseline, options.margin)
         test = dict(baseline=baseline, margin=options.margin, p_value=p)
-        print(f"lower than {statistics.mean(baseline):.6f} by more than {options.margin}: p = {p:.3g}")
+        mean = statistics.mean(baseline)
+        print(f"lower than {mean:.6f} by more than {options.margin}: p = {p:.3g}")
     result = submission(runs, rows, test)
     if options.submission:
         write_new(Path(options.submission), json.dumps(result, indent=1) + "\n", options.force)
     if options.record:
         make_record(Path(options.record), runs, rows, result)
 
+
 def main() -> int:
+    """The command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="logs/<run_id>.json of finished runs")
     parser.add_argument("--baseline", default="", help="val_bpb to beat; one number or several")
@@ -204,6 +279,7 @@ def main() -> int:
     except (SummaryError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())

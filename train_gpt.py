@@ -61,7 +61,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -215,7 +215,9 @@ class ArtifactSettings:
     gptq_seconds: float = setting(10.0, "training time kept for calibration; 0: no GPTQ")
     matrix_bits: int = setting(6, "bits of a matrix code; with ans, on average", (2, 8))
     embed_bits: int = setting(8, "bits of an embedding code, likewise", (2, 8))
-    compressor: str = setting("ans", "coder of the codes", ["ans", "zstd", "lzma", "auto"])
+    compressor: str = setting(
+        "ans", "ans: entropy coder of 8-bit codes; others: a byte a code", ["ans", "zstd", "lzma"]
+    )
     artifact_bytes: int = setting(16_000_000, "budget for code + artifact", POSITIVE)
     load_weights: str = setting("", "quantize these weights (.safetensors); no training")
     load_artifact: str = setting("", "evaluate this artifact; no training")
@@ -282,8 +284,9 @@ class Config(
 SECTIONS = {cls.__name__.removesuffix("Settings"): fields(cls) for cls in Config.__bases__}
 FIELDS = {f.name: f for section in SECTIONS.values() for f in section}
 
-# What determines the network's function: the artifact's header holds these and nothing else, so
-# that equal weights give equal bytes whatever the run was called.
+# Settings that determine the network's function, which the artifact's header holds: equal weights
+# give equal bytes, whatever the run was called. One that is added here must by default change
+# nothing, for artifacts that do not name it are read with its default.
 TRAINING_ONLY_SETTINGS = {"tied_embed_init_std", "qk_gain_init", "mtp_num_heads", "mtp_loss_weight"}
 ARCHITECTURE = [f.name for f in fields(ModelSettings) if f.name not in TRAINING_ONLY_SETTINGS]
 ARCHITECTURE += ["vocab_size", "matrix_bits", "embed_bits"]
@@ -455,8 +458,8 @@ WITHOUT_EFFECT = {
     "DISTILL_*": "dead code in #806",
     "KG_LOSS_WEIGHT": "its code is absent from #1094",
     "PAID_PREFIX_*": "dead code in #806",
-    "CONTROL_TENSOR_NAME_PATTERNS": "tensors are classed by what they are, not by names",
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "tensors are classed by what they are, not by names",
+    "CONTROL_TENSOR_NAME_PATTERNS": "tensors are classed by the lists of section 6",
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "tensors are classed by the lists of section 6",
     "TIE_EMBEDDINGS": "always tied",
     "EMBED_LR": "always tied: TIED_EMBED_LR",
     "QAT_ENABLED": "no gain at equal bytes: GPTQ_SECONDS calibrates after training",
@@ -613,7 +616,7 @@ def help_text() -> str:
             lines.append(f"      {meaning}")
     lines += ["", "Recipes: what differs from the defaults above"]
     for name, recipe in RECIPES.items():
-        changes = (f"{setting.upper()}={value}" for setting, value in recipe.items())
+        changes = (f"{key.upper()}={value}" for key, value in recipe.items())
         lines.append(" ".join([f"  RECIPE={name}:", *changes]))
     lines += ["", "Accepted without effect (logged)"]
     lines += [f"  {name}: {reason}" for name, reason in WITHOUT_EFFECT.items()]
@@ -751,7 +754,9 @@ class Run:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 print(line, file=file)
         except OSError as error:
-            self.unsaved = [f"cannot write {self.log_path}: {error.strerror}"]
+            message = f"cannot write {self.log_path}: {error.strerror}"
+            if message not in self.unsaved:
+                self.unsaved.append(message)
 
     def row(self, kind: str, prefix: str | None = None, **values) -> None:
         """Log `kind key:value ...` (or another prefix) and keep the values in the record."""
@@ -1269,23 +1274,26 @@ def prepare_text(cfg: Config, run: Run) -> Path:
 # The submissions' common trunk. With x0 the embedding (tokens, hashed bigrams, smeared) and s(l) =
 # 1/sqrt(l + 1), block l = 0 ... L-1 is
 #
-#     x <- x + skip[l - L/2] * (output of the block mirrored at the middle)      second half: U-Net
-#     x <- mix0[l] * x + mix1[l] * x0
-#     x <- x + attn_scale[l] * W_o attention(s(l) norm(x))
+#     x <- x + skip_weights[l - L//2] * (output of the block mirrored at the middle)     U-Net skips
+#     x <- resid_mix[l,0] * x + resid_mix[l,1] * x0
+#     x <- x + attn_scale[l] * W_out attention(s(l) norm(x))
 #     x <- x + mlp_scale[l] * W_down leaky_relu(W_up s(l) norm(x))^2
 #
-# with per-channel skip, mix and scales. Attention is grouped-query, causal, with normed queries and
-# keys, partial RoPE, a gain a head, on ve_layers a value embedding, on the last xsa_last_n layers
-# less its part along the position's own value. Logits are softcapped and tied to the embedding.
-# Weight matrices live in banks (matrices, rows, columns), so that Muon works on them whole. There
-# is one walk over the blocks; evaluation asks it for the last positions only.
+# with per-channel skips, mixes and scales. Attention is grouped-query, causal, with normed queries
+# and keys, partial RoPE and a gain a head; values get a value embedding on ve_layers and, with
+# value_residual, a share of the first layer's; on the last xsa_last_n layers the output loses its
+# part along the position's own value. Logits are softcapped and tied to the embedding.
+#
+# Weight matrices live in banks (matrices, rows, columns), so that Muon works on them whole; every
+# parameter in none of the lists below is AdamW's at SCALAR_LR and stored as float16. There is one
+# walk over the blocks; evaluation asks it for the last positions only.
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "bigram_proj", "value_proj")
 EMBEDDINGS = ("tok_emb", "bigram_emb", "value_emb")
 TRAINING_ONLY = ("mtp_heads",)  # never exported
-ROPE_TRAINED_LEN = 1024  # windows up to this long use ROPE_BASE as it is (the submissions' rule)
+ROPE_UNSTRETCHED_LEN = 1024  # longest window that uses ROPE_BASE as it is (the submissions' rule)
 BIGRAM_PRIMES = (36313, 27191)  # of the submissions' bigram hash
-VALUE_EMB_STD = 0.01  # at the start, as are the next four (the submissions')
+VALUE_EMB_STD = 0.01  # at the start, as are the next three (the submissions')
 BIGRAM_SCALE = 0.05
 VALUE_SCALE = 0.1
 VALUE_GATE = -1.5  # logit of the share of the first layer's values
@@ -1293,7 +1301,8 @@ GPU_ATTENTION = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}  # na
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """SDPA with FlashAttention's signature: q (B,Tq,H,D) at the last of T; k, v (B,T,Hkv,D)."""
+    """SDPA with FlashAttention's signature, always causal: q (B,Tq,H,D) at the last of T positions,
+    k and v (B,T,Hkv,D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None
     if q.size(2) != k.size(2):  # is_causal would align the first query with the first key
@@ -1329,8 +1338,8 @@ def norm(x: Tensor) -> Tensor:
 
 def rope_tables(length: int, base: float, dims: int, device) -> tuple[Tensor, Tensor]:
     """cos and sin (length, 1, dims/2) float32. Long windows stretch the base (NTK scaling)."""
-    if length > ROPE_TRAINED_LEN and dims > 2:
-        base = base * (length / ROPE_TRAINED_LEN) ** (dims / (dims - 2))
+    if length > ROPE_UNSTRETCHED_LEN and dims > 2:
+        base = base * (length / ROPE_UNSTRETCHED_LEN) ** (dims / (dims - 2))
     inverse = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * inverse
     return angles.cos()[:, None], angles.sin()[:, None]
@@ -1350,6 +1359,11 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     direction = F.normalize(v, dim=-1).unsqueeze(3)
     along = (grouped * direction).sum(-1, True)
     return grouped.addcmul(along, direction, value=-1).flatten(2, 3)
+
+
+def matrices(w: Tensor) -> Tensor:
+    """(M,rows,cols): a bank as it is, an embedding as a bank of one."""
+    return w.view(-1, *w.shape[-2:])
 
 
 def filled(*shape: int, value: float = 0.0) -> nn.Parameter:
@@ -1400,7 +1414,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> GPT:
-        """Orthogonal matrices, zero output projections and bigram table (its projection is not)."""
+        """Random embeddings and orthogonal banks; outputs, mlp_down and the bigram table stay 0."""
         generator = torch.Generator().manual_seed(seed)
         stds = {"tok_emb": self.cfg.tied_embed_init_std, "value_emb": VALUE_EMB_STD}
         for name, p in self.named_parameters():
@@ -1418,11 +1432,12 @@ class GPT(nn.Module):
         return {name: p.to(self.compute_dtype) for name, p in self.named_parameters()}
 
     def linear(self, x: Tensor, w: dict[str, Tensor], name: str, i: int = 0) -> Tensor:
-        """x (..., columns) times matrix i of a bank, or an embedding, transposed: (..., rows)."""
+        """x (...,cols) @ W.T (...,rows), W matrix i of a bank, or an embedding; while calibrating,
+        adds x^T x to grams."""
         if self.grams is not None:
             seen = x.detach().flatten(0, -2).float()
             self.grams[name, i] = self.grams.get((name, i), 0.0) + seen.mT @ seen
-        return F.linear(x, w[name].view(-1, *w[name].shape[-2:])[i])
+        return F.linear(x, matrices(w[name])[i])
 
     def embed(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """x0 (B,T,C): token and bigram embedding, RMSNorm, smear gate."""
@@ -1486,8 +1501,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attention of a block on x (B,T,C).
 
-        Returns (output (B,queries,C) at the last positions, raw values (B,T,Hkv*D)); first_values
-        are the first block's raw values, for the value residual.
+        queries: how many of the last positions ask. Returns (their output (B,queries,C), raw values
+        (B,T,Hkv*D)); first_values are the first block's raw values, for the value residual.
         """
         cfg, L, (B, T, C) = self.cfg, self.cfg.num_layers, x.shape
         D = C // cfg.num_heads
@@ -1561,7 +1576,7 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
     name, attention = choose_attention(cfg, run.device)
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
     model = GPT(cfg, attention, dtype)
-    if weights:
+    if weights is not None:
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -1730,10 +1745,15 @@ SWA_BELOW = 0.5  # SWA samples are taken once the lr scale is below (#806)
 DEFAULT_HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 # Settings of training that change no step: a checkpoint fits whatever they are.
 STEPLESS = {
-    *("micro_batch_tokens", "warmup_steps", "val_loss_every", "val_batch_size"),
-    *("train_log_every", "checkpoint_seconds", "resume", "artifact_bytes"),
-    *("load_weights", "load_artifact"),
+    "micro_batch_tokens",
+    "warmup_steps",
+    "val_loss_every",
+    "val_batch_size",
+    "train_log_every",
+    "checkpoint_seconds",
+    "resume",
 }
+CALIBRATION_PART = 40  # calibration takes at most one such part of the cap
 
 
 def fit_micro_batch(cfg: Config, world_size: int) -> int:
@@ -1751,7 +1771,7 @@ def fit_micro_batch(cfg: Config, world_size: int) -> int:
 
 def calibration_seconds(cfg: Config) -> float:
     """Part of the cap on training time that is kept for calibration; 0 without a cap."""
-    return min(cfg.gptq_seconds, cfg.max_wallclock_seconds / 40)
+    return min(cfg.gptq_seconds, cfg.max_wallclock_seconds / CALIBRATION_PART)
 
 
 def compiled_graphs() -> int:
@@ -1786,21 +1806,23 @@ class WeightAverage:
         self.params = [p.data for p in model.parameters()]
         self.average = [p.clone() for p in self.params]
 
-    def sample_due(self, before: float, after: float, lr_scale: float) -> bool:
-        """Whether the weights count, progress having gone from `before` to `after` (in steps)."""
+    def sample_due(self, steps_before: float, steps: float, lr_scale: float) -> bool:
+        """Whether the weights count, after so many of the schedule's steps."""
         if self.cfg.averaging == "ema":
             return True
         if self.cfg.averaging == "none" or not self.cfg.swa_enabled or lr_scale >= SWA_BELOW:
             return False
-        marks = before // self.cfg.swa_every, after // self.cfg.swa_every
-        return marks[0] != marks[1] or not self.samples
+        every = self.cfg.swa_every
+        return steps_before // every != steps // every or not self.samples
 
     def update(self, before: float, after: float, lr_scale: float) -> None:
         """Take the weights in, progress having gone from `before` to `after`, in [0, 1]."""
-        before, after = (x * self.cfg.schedule_steps for x in (before, after))
-        if not self.sample_due(before, after, lr_scale):
+        steps_before, steps = (x * self.cfg.schedule_steps for x in (before, after))
+        if not self.sample_due(steps_before, steps, lr_scale):
             return
-        decay = self.cfg.ema_decay ** (after - before) if self.cfg.averaging == "ema" else 1.0
+        decay = 1.0
+        if self.cfg.averaging == "ema":
+            decay = self.cfg.ema_decay ** (steps - steps_before)
         self.mass = decay * self.mass + 1
         self.samples += 1
         torch._foreach_lerp_(self.average, self.params, 1 / self.mass)
@@ -1814,16 +1836,17 @@ class WeightAverage:
 class Trainer:
     """Training under a cap on the time of its steps.
 
-    steps, elapsed: taken so far, and their time in seconds. now: progress at the last step. recent:
-    times of the last steps, in seconds. micro_batch: sequences of a forward pass. cap: seconds of
-    training, 0: none. recompiles: graphs compiled after warm-up. stopping: a signal came.
+    steps, elapsed: taken so far, and their time in seconds. last_progress: at the last step.
+    recent: times of the last steps, in seconds. micro_batch: sequences of a forward pass. cap:
+    seconds of training, 0: none. recompiles: graphs compiled after warm-up. stopping: a signal
+    came.
     """
 
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.model, self.data, self.cfg, self.run = model, data, cfg, run
         self.loader = TrainLoader(data.train, cfg, run)
         self.forward = compiled(model, cfg, run)
-        self.steps, self.elapsed, self.now = 0, 0.0, 0.0
+        self.steps, self.elapsed, self.last_progress = 0, 0.0, 0.0
         self.last_loss = math.nan
         self.recompiles = 0
         self.stopping = False
@@ -1872,6 +1895,7 @@ class Trainer:
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1 or self.cfg.micro_batch_tokens:
                     raise
+                self.model.zero_grad(set_to_none=True)
                 halved = replace(self.cfg, micro_batch_tokens=self.micro_batch // 2 * length)
                 self.micro_batch = fit_micro_batch(halved, self.run.world_size) // length
                 continue
@@ -1932,8 +1956,8 @@ class Trainer:
 
     def take_step(self) -> None:
         """One step at the progress that the clock tells; ranks have agreed on that clock."""
-        before, now = self.now, self.progress()
-        self.now = now
+        before, now = self.last_progress, self.progress()
+        self.last_progress = now
         started, graphs = self.run.sync(), compiled_graphs()
         loss = self.gradients()
         self.optimizer.step(self.lr_scale(now), self.momentum(now))
@@ -1992,19 +2016,23 @@ class Checkpoint:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.run = trainer, trainer.run
-        self.saved_at = 0.0  # training time in seconds
-        cfg, optimizer = trainer.cfg, trainer.optimizer
+        self.base, self.saved_at = "", 0.0  # saved_at: training time in seconds
+        self.prime_adam()
+        cfg = trainer.cfg
+        if cfg.resume:  # the log takes a free name, but RUN_ID's checkpoint goes on
+            self.base = f"{cfg.logs_path}/{cfg.run_id}"
+            self.run.on_all(self.load)
+            self.saved_at = trainer.elapsed
+
+    def prime_adam(self) -> None:
+        """Make AdamW's state, which a first step would make; groups begin with lr 0."""
+        optimizer = self.trainer.optimizer
         for p in optimizer.small:
             p.grad = torch.zeros_like(p)
-        optimizer.adam.step()  # its state exists from here on; groups begin with lr 0
+        optimizer.adam.step()
         for p in optimizer.small:
             p.grad = None
             optimizer.adam.state[p]["step"].zero_()
-        # A resumed run takes a free name for its log but goes on with the checkpoint of RUN_ID.
-        self.base = f"{cfg.logs_path}/{cfg.run_id}" if cfg.resume else ""
-        if cfg.resume:
-            self.run.on_all(self.load)
-            self.saved_at = trainer.elapsed
 
     def save_if_due(self) -> None:
         """Save after every CHECKPOINT_SECONDS of training time; ranks agree on that time."""
@@ -2027,8 +2055,8 @@ class Checkpoint:
     def fingerprint(self) -> Tensor:
         """SHA-256 (32,) uint8 of all that steps depend on, but the number of ranks."""
         cfg, data = self.trainer.cfg, self.trainer.data
-        settings = {"seed": cfg.seed}
-        for section in ("Model", "Training", "Optimizer", "Artifact"):
+        settings = {"seed": cfg.seed, "gptq_seconds": cfg.gptq_seconds}  # kept out of the cap
+        for section in ("Model", "Training", "Optimizer"):
             names = (f.name for f in SECTIONS[section] if f.name not in STEPLESS)
             settings |= {name: getattr(cfg, name) for name in names}
         text = json.dumps([settings, len(data.train), data.corpus["vocabulary_sha256"]])
@@ -2040,10 +2068,8 @@ class Checkpoint:
         trainer, average = self.trainer, self.trainer.average
         for bank in trainer.optimizer.banks:
             all_gather(bank.full, bank.momentum)
-        numbers = [
-            *(trainer.steps, trainer.elapsed, trainer.now, trainer.last_loss),
-            *(trainer.loader.position, average.mass, average.samples),
-        ]
+        numbers = [trainer.steps, trainer.elapsed, trainer.last_progress, trainer.last_loss]
+        numbers += [trainer.loader.position, average.mass, average.samples]
         if self.run.is_main:
             state = self.tensors()
             state["numbers"] = torch.tensor(numbers, dtype=torch.float64)
@@ -2066,7 +2092,9 @@ class Checkpoint:
             tensor.copy_(saved[name])
         for bank in trainer.optimizer.banks:
             bank.momentum.copy_(bank.own())
-        steps, trainer.elapsed, trainer.now, trainer.last_loss, *more = saved["numbers"].tolist()
+        steps, trainer.elapsed, trainer.last_progress, trainer.last_loss, *more = saved[
+            "numbers"
+        ].tolist()
         position, average.mass, samples = more
         trainer.steps, trainer.loader.position = int(steps), int(position)
         average.samples = int(samples)
@@ -2094,11 +2122,12 @@ class Checkpoint:
 
 PER_OCTAVE = 4  # steps, and the coder's spreads, are quarters of an octave apart
 STEP_EXPONENT = 0.25  # steps go with the mean square gradient to the power of minus this
-FINEST_LOG_STEP = -64.0  # log2 of the first multiple of all steps: finer than any use
+FINEST_LOG_STEP = -64.0  # log2 of a multiple of all steps, finer than any use,
+COARSEST_LOG_STEP = 64.0  # and one that is coarser
 EXPORT_TRIALS = 12  # multiples tried after it; each is a whole export
 BYTES_NEAR = 5e-4  # a trial this share below the budget is good enough
 BYTES_AIM = 0.9998  # share of the budget that the next trial aims at
-GAUSSIAN_BITS = 2.9  # log2 of the mean |code| to its bits: a Gaussian's entropy, and rounding
+GAUSSIAN_BITS = 2.9  # of a Gaussian's code beyond its mean log2 |w / step|: for the first guess
 CALIBRATION_SEQUENCES = 64  # most of a rank
 DAMPING = 0.01  # GPTQ's, of the mean diagonal
 GPTQ_BLOCK = 64  # columns between updates of all columns to come
@@ -2125,7 +2154,7 @@ class HalfTensor(NamedTuple):
         """float32, in the tensor's shape."""
         return torch.from_numpy(self.values.astype(np.float32))
 
-    def plain_bytes(self) -> bytes:
+    def plain(self) -> bytes:
         """What the artifact holds of it beside codes."""
         return self.values.tobytes()
 
@@ -2134,7 +2163,6 @@ class CodedTensor(NamedTuple):
     """A tensor that is stored as integer codes times steps."""
 
     shape: tuple[int, ...]  # of the tensor
-    limit: int  # largest code
     step_logs: np.ndarray  # int8 (M,rows+cols)
     codes: np.ndarray  # int8 (M,rows,cols)
 
@@ -2144,24 +2172,25 @@ class CodedTensor(NamedTuple):
         codes = torch.from_numpy(self.codes.astype(np.float32))
         return (codes * cell_steps(logs, codes.size(1))).view(self.shape)
 
-    def plain_bytes(self) -> bytes:
+    def plain(self) -> bytes:
         """What the artifact holds of it beside codes."""
         return self.step_logs.tobytes()
 
 
+def is_coded(name: str) -> bool:
+    """Whether a tensor is stored as codes times steps."""
+    return name in BANKS + EMBEDDINGS
+
+
 def code_limit(name: str, cfg: Config) -> int:
-    """Largest code q: 31 for 6 bits, 127 for 8 and for "ans", whose bits are averages; 0: none."""
-    if name not in BANKS + EMBEDDINGS:
+    """Largest code q: 31 for 6 bits, 127 for 8 and for "ans", whose bits are averages; 0: stored
+    as it is."""
+    if not is_coded(name):
         return 0
     bits = cfg.embed_bits if name in EMBEDDINGS else cfg.matrix_bits
     if cfg.compressor == "ans":
         bits = 8
     return 2 ** (bits - 1) - 1
-
-
-def matrices(w: Tensor) -> Tensor:
-    """(M,rows,cols): a bank as it is, an embedding as a bank of one."""
-    return w.view(-1, *w.shape[-2:])
 
 
 def training_sequences(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -2173,14 +2202,14 @@ def training_sequences(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensitivity]:
     """Sensitivities by name, from training sequences of every rank, as many as half of
-    GPTQ_SECONDS allows; {} if that is 0."""
+    calibration_seconds allows; {} if GPTQ_SECONDS is 0."""
     if not cfg.gptq_seconds:
         return {}
     started, used = run.sync(), 0
     limit = calibration_seconds(cfg) / 2 or math.inf
-    params = {n: p for n, p in model.named_parameters() if code_limit(n, cfg)}
-    rows = {n: torch.zeros_like(matrices(p.data).sum(2)) for n, p in params.items()}
-    cols = {n: torch.zeros_like(matrices(p.data).sum(1)) for n, p in params.items()}
+    params = {n: p for n, p in model.named_parameters() if is_coded(n)}
+    rows = {n: p.new_zeros(matrices(p).shape[:2]) for n, p in params.items()}
+    cols = {n: p.new_zeros(matrices(p).mT.shape[:2]) for n, p in params.items()}
     w, model.grams = model.weights(), {}
     sequences = training_sequences(TrainLoader(data.train, cfg, run))
     for x, y in itertools.islice(sequences, CALIBRATION_SEQUENCES):
@@ -2285,7 +2314,7 @@ def quantize(
         steps = cell_steps(logs, cube.size(1))
         codes = round_codes(cube, steps, limit, sense.factor if sense else None)
         codes = codes.to(torch.int8).cpu().numpy()
-        stored[name] = CodedTensor(tuple(w.shape), limit, logs.cpu().numpy(), codes)
+        stored[name] = CodedTensor(tuple(w.shape), logs.cpu().numpy(), codes)
     return stored
 
 
@@ -2294,13 +2323,14 @@ def expected_log_step(
 ) -> tuple[float, int]:
     """(log2 of the multiple of all steps that should fill the budget, number of nonzero weights).
 
-    Zeros cost little, the other weights log2 |w / step| + GAUSSIAN_BITS bits each, on average.
+    Zeros cost little, the other weights log2 |w / step| + GAUSSIAN_BITS bits each, on average, with
+    the steps that sensitivities alone would give.
     cubes: {name: (M,rows,cols)} of every coded tensor.
     """
     logs = []
     for name, w in cubes.items():
-        shapes_alone = step_logs(torch.zeros_like(w), 1, senses.get(name), 0.0)
-        ratio = (w / cell_steps(shapes_alone, w.size(1))).abs().flatten()
+        unbound = step_logs(torch.zeros_like(w), 1, senses.get(name), 0.0)
+        ratio = (w / cell_steps(unbound, w.size(1))).abs().flatten()
         logs.append(ratio[ratio > 0].log2())
     sizes = torch.cat(logs)
     count = len(sizes) or 1
@@ -2308,17 +2338,17 @@ def expected_log_step(
 
 
 def search_steps(
-    attempt: Callable[[float], bytes], guess: float, budget_bytes: int, cells: int
+    attempt: Callable[[float], bytes], guess: float, budget_bytes: int, nonzero: int
 ) -> tuple[bytes, float]:
     """(artifact, log2 of its multiple of all steps): the finest steps found that fit the budget.
 
     attempt(log_step) makes an artifact. From a guess, by Newton's method, for an octave is a bit a
-    cell, kept between bounds by bisection. What cannot fit comes out as small as it gets.
+    nonzero weight, kept between bounds by bisection. What cannot fit comes out as small as it gets.
     """
     blob, found = attempt(FINEST_LOG_STEP), FINEST_LOG_STEP
     if len(blob) <= budget_bytes:
         return blob, found
-    low, high, middle = FINEST_LOG_STEP, -FINEST_LOG_STEP, guess
+    low, high, middle = FINEST_LOG_STEP, COARSEST_LOG_STEP, guess
     for _ in range(EXPORT_TRIALS):
         if not low < middle < high:
             middle = (low + high) / 2
@@ -2329,12 +2359,13 @@ def search_steps(
         if fits and budget_bytes - len(trial) < BYTES_NEAR * budget_bytes:
             break
         low, high = (low, middle) if fits else (middle, high)
-        middle += 8 * (len(trial) - BYTES_AIM * budget_bytes) / cells
+        middle += 8 * (len(trial) - BYTES_AIM * budget_bytes) / nonzero
     return blob, found
 
 
 def export_budget(cubes: dict[str, Tensor], cfg: Config) -> int:
-    """Bytes that the artifact may have: what code leaves, and with "ans" the bits a code."""
+    """Bytes that the artifact may have: the budget less this file and, with "ans", at most
+    MATRIX_BITS and EMBED_BITS a code on average."""
     budget = cfg.artifact_bytes - code_bytes()
     if cfg.compressor != "ans":
         return budget
@@ -2349,15 +2380,15 @@ def export(model: GPT, senses: dict[str, Sensitivity], data: Data, cfg: Config, 
     started = run.sync()
     named = model.named_parameters()
     weights = {n: p.detach() for n, p in named if n not in TRAINING_ONLY}
-    cubes = {n: matrices(w).float() for n, w in weights.items() if code_limit(n, cfg)}
+    cubes = {n: matrices(w).float() for n, w in weights.items() if is_coded(n)}
     budget = export_budget(cubes, cfg)
 
     def attempt(log_step: float) -> bytes:
         stored = quantize(weights, cfg, senses, log_step)
         return pack(stored, cfg, data.corpus["vocabulary_sha256"])
 
-    guess, cells = expected_log_step(cubes, senses, budget)
-    blob, found = search_steps(attempt, guess, budget, cells)
+    guess, nonzero = expected_log_step(cubes, senses, budget)
+    blob, found = search_steps(attempt, guess, budget, nonzero)
     parameters = sum(w.numel() for w in weights.values())
     run.row(
         "artifact",
@@ -2377,17 +2408,18 @@ def export(model: GPT, senses: dict[str, Sensitivity], data: Data, cfg: Config, 
 #
 # In: codes, steps and float16 values; out: a file of magic, version, size of the header, SHA-256 of
 # the rest; the header, JSON (architecture, hash of the vocabulary, table of tensors); a compressed
-# section of everything but codes; the codes, which with "zstd" and "lzma" are a byte each inside of
-# the section, and with "ans" words of their own: asymmetric numeral systems (Duda 2009), each code
-# by a Gaussian as wide as its row and column are, so that the bytes follow the steps. Reading it
-# back executes nothing, checks everything and allocates no more than the network's shapes need.
+# section of everything but codes; the codes, with "ans" as words of their own, with the other
+# compressors as a byte each inside of the section. ANS, asymmetric numeral systems (Duda 2009),
+# writes each code by a Gaussian as wide as its row and column are, so that the bytes follow the
+# steps. Reading an artifact executes nothing, and makes no more than the network's shapes need.
 
 MAGIC = b"GOLFINT6"
 VERSION = 2
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, digest
-LZMA_MEMORY_BYTES = 1 << 30  # most that unpacking may take
+LZMA_MEMORY_BYTES = 1 << 30  # most that unpacking may take; its largest window is 2^30 - 1
+SPREAD_LIMIT = 63  # of logarithms of a row's or column's spread: their sum fits into int8
 SPREAD_ROUNDS = 3  # alternating means of rows and columns settle at once
-SPREAD_LIMITS = (0.1, 1e4)  # standard deviations of the Gaussians
+LEAST_STD, MOST_STD = 0.1, 1e4  # of the Gaussians: all codes 0, all codes alike
 
 Shape3 = tuple[int, int, int]  # (M,rows,cols) of a coded tensor
 
@@ -2400,10 +2432,11 @@ class PackedCodes(NamedTuple):
 
 
 class Compressor(NamedTuple):
-    """How the artifact's bytes are made. What COMPRESSOR may be is listed here and in Config."""
+    """How the artifact's bytes are made."""
 
     compress: Callable[[bytes], bytes]
     decompress: Callable[[bytes, int], bytes]  # (data, n): n bytes of the result, or all if fewer
+    damage: tuple[type[Exception], ...]  # what decompress raises of damaged data
     encode: Callable[[list[np.ndarray]], PackedCodes]  # of int8 (M,rows,cols)
     decode: Callable[[PackedCodes, list[Shape3]], list[np.ndarray]]  # flat int8
     inside_bytes: Callable[[list[Shape3]], int]  # length of PackedCodes.inside
@@ -2430,18 +2463,20 @@ def decompress_zstd(data: bytes, most_bytes: int) -> bytes:
 
 
 def encode_bytes(codes: list[np.ndarray]) -> PackedCodes:
-    """A byte a code: packing bits before a dictionary coder costs 12 % (#1649)."""
+    """A byte a code: packing bits before a dictionary coder costs 12 % (submission #1649)."""
     return PackedCodes(b"".join(c.tobytes() for c in codes), b"")
 
 
 def decode_bytes(packed: PackedCodes, shapes: list[Shape3]) -> list[np.ndarray]:
-    """Inverse of encode_bytes."""
+    """Inverse of encode_bytes; RunError on damage."""
+    if packed.after:
+        raise RunError("artifact: bytes follow its last section")
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     return np.split(np.frombuffer(packed.inside, np.int8), ends[:-1])
 
 
-def cells_of(shapes: list[Shape3]) -> int:
-    """Number of codes."""
+def count_codes(shapes: list[Shape3]) -> int:
+    """Number of codes: bytes of encode_bytes."""
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -2453,7 +2488,7 @@ def spreads(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         col = (square / row).mean(1, keepdims=True) + 1e-3
         row = (square / col).mean(2, keepdims=True) + 1e-3
     logs = (PER_OCTAVE / 2 * np.log2(row), PER_OCTAVE / 2 * np.log2(col))
-    return tuple(x.round().clip(-63, 63).astype(np.int8) for x in logs)
+    return tuple(x.round().clip(-SPREAD_LIMIT, SPREAD_LIMIT).astype(np.int8) for x in logs)
 
 
 def cell_models(sides: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, list]:
@@ -2461,7 +2496,7 @@ def cell_models(sides: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
     cells = np.concatenate([(row.astype(np.int16) + col).ravel() for row, col in sides])
     models = []
     for spread in np.unique(cells).tolist():
-        std = min(max(2.0 ** (spread / PER_OCTAVE), SPREAD_LIMITS[0]), SPREAD_LIMITS[1])
+        std = min(max(2.0 ** (spread / PER_OCTAVE), LEAST_STD), MOST_STD)
         gaussian = constriction.stream.model.QuantizedGaussian(-127, 127, 0.0, std)
         models.append((spread, gaussian))
     return cells, models
@@ -2496,6 +2531,8 @@ def ans_decode(packed: PackedCodes, shapes: list[Shape3]) -> list[np.ndarray]:
     for spread, model in models:
         here = cells == spread
         codes[here] = coder.decode(model, int(here.sum()))
+    if not coder.is_empty():
+        raise RunError("artifact: its code words do not end with its codes")
     return np.split(codes, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
 
 
@@ -2505,18 +2542,39 @@ def ans_inside_bytes(shapes: list[Shape3]) -> int:
 
 
 COMPRESSORS = {
-    "ans": Compressor(compress_lzma, decompress_lzma, ans_encode, ans_decode, ans_inside_bytes),
-    "zstd": Compressor(compress_zstd, decompress_zstd, encode_bytes, decode_bytes, cells_of),
-    "lzma": Compressor(compress_lzma, decompress_lzma, encode_bytes, decode_bytes, cells_of),
+    "ans": Compressor(
+        compress_lzma,
+        decompress_lzma,
+        (lzma.LZMAError, EOFError),
+        ans_encode,
+        ans_decode,
+        ans_inside_bytes,
+    ),
+    "zstd": Compressor(
+        compress_zstd,
+        decompress_zstd,
+        (zstandard.ZstdError,),
+        encode_bytes,
+        decode_bytes,
+        count_codes,
+    ),
+    "lzma": Compressor(
+        compress_lzma,
+        decompress_lzma,
+        (lzma.LZMAError, EOFError),
+        encode_bytes,
+        decode_bytes,
+        count_codes,
+    ),
 }
-assert [*COMPRESSORS, "auto"] == FIELDS["compressor"].metadata["allowed"], "see Config.compressor"
+assert [*COMPRESSORS] == FIELDS["compressor"].metadata["allowed"], "list it in ArtifactSettings too"
 
 
-def decompress(data: bytes, compressor: Compressor, size: int) -> bytes:
+def read_section(data: bytes, compressor: Compressor, size: int) -> bytes:
     """`size` bytes; RunError if the data give fewer or more, without making more of them."""
     try:
         plain = compressor.decompress(data, size + 1)
-    except (lzma.LZMAError, zstandard.ZstdError, EOFError):
+    except compressor.damage:
         plain = b""
     if len(plain) != size:
         raise RunError("artifact: its compressed section is damaged")
@@ -2547,7 +2605,7 @@ class TensorEntry(NamedTuple):
             return HalfTensor(plain.view("<f2").reshape(self.shape))
         m, rows, cols = self.cube()
         logs = plain.reshape(m, rows + cols)
-        return CodedTensor(tuple(self.shape), self.limit, logs, codes.reshape(m, rows, cols))
+        return CodedTensor(tuple(self.shape), logs, codes.reshape(m, rows, cols))
 
 
 def tensor_table(cfg: Config) -> list[TensorEntry]:
@@ -2560,18 +2618,16 @@ def tensor_table(cfg: Config) -> list[TensorEntry]:
 
 def pack(stored: dict[str, StoredTensor], cfg: Config, vocabulary: str) -> bytes:
     """The artifact, with COMPRESSOR; `vocabulary` is the hash of the network's tokenizer."""
-    if cfg.compressor == "auto":
-        choices = [replace(cfg, compressor=name) for name in COMPRESSORS]
-        return min((pack(stored, choice, vocabulary) for choice in choices), key=len)
-    compressor = COMPRESSORS[cfg.compressor]
-    plain = b"".join(t.plain_bytes() for t in stored.values())
+    compressor, table = COMPRESSORS[cfg.compressor], tensor_table(cfg)
+    assert [*stored] == [entry.name for entry in table]
+    plain = b"".join(t.plain() for t in stored.values())
     packed = compressor.encode([t.codes for t in stored.values() if isinstance(t, CodedTensor)])
     section = compressor.compress(plain + packed.inside)
     header = {
         "architecture": {name: getattr(cfg, name) for name in ARCHITECTURE},
         "vocabulary": vocabulary,
         "compressor": cfg.compressor,
-        "tensors": tensor_table(cfg),
+        "tensors": table,
         "section_bytes": len(section),
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
@@ -2583,11 +2639,28 @@ def open_artifact(blob: bytes) -> tuple[bytes, bytes]:
     """(header's text, what follows it); RunError for any other file, or a damaged one."""
     magic, version, size, digest = PREFIX.unpack_from(blob.ljust(PREFIX.size, b"\0"))
     body = blob[PREFIX.size :]
-    if (magic, version) != (MAGIC, VERSION):
-        raise RunError(f"artifact: not one of ours, or format version {version}, not {VERSION}")
+    if magic != MAGIC:
+        raise RunError("artifact: not one of ours")
+    if version != VERSION:
+        raise RunError(f"artifact: of format version {version}, not {VERSION}")
     if size > len(body) or hashlib.sha256(body).digest() != digest:
         raise RunError("artifact: truncated or damaged (its SHA-256 does not match)")
     return body[:size], body[size:]
+
+
+def header_config(header: dict, cfg: Config) -> Config:
+    """cfg with the header's compressor and architecture; settings that it does not name have their
+    defaults. Any exception if the header is none."""
+    named = header["architecture"]
+    values = {name: FIELDS[name].default for name in ARCHITECTURE}
+    for name in named:
+        if name not in values:
+            raise ValueError(name)
+        values[name] = parse_value(name, str(named[name]).strip("[]"))  # (9, 10) is [9, 10] in JSON
+    values["compressor"] = parse_value("compressor", header["compressor"])
+    cfg = replace(cfg, **values)
+    check_config(cfg)
+    return cfg
 
 
 def read_header(text: bytes, payload_bytes: int, cfg: Config) -> tuple[Config, dict]:
@@ -2595,18 +2668,14 @@ def read_header(text: bytes, payload_bytes: int, cfg: Config) -> tuple[Config, d
     describe one of this program's networks."""
     try:
         header = json.loads(text)
-        values = {}
-        for name in ARCHITECTURE:
-            values[name] = parse_value(name, str(header["architecture"][name]).strip("[]"))
-        cfg = replace(cfg, compressor=header["compressor"], **values)
-        check_config(cfg)
-        assert cfg.compressor in COMPRESSORS
-        assert header["vocabulary"]
-        assert header["tensors"] == [list(entry) for entry in tensor_table(cfg)]
-        assert type(header["section_bytes"]) is int
-        assert 0 <= header["section_bytes"] <= payload_bytes
-    except (ValueError, KeyError, TypeError, AssertionError, RunError, RuntimeError, OverflowError):
-        raise RunError("artifact: its header describes none of this program's networks") from None
+        cfg = header_config(header, cfg)
+        size = header["section_bytes"]
+        fits = type(size) is int and 0 <= size <= payload_bytes and bool(header["vocabulary"])
+        fits = fits and header["tensors"] == [list(entry) for entry in tensor_table(cfg)]
+    except (ValueError, KeyError, TypeError, AttributeError, RunError, RuntimeError, OverflowError):
+        fits = False
+    if not fits:
+        raise RunError("artifact: its header describes none of this program's networks")
     return cfg, header
 
 
@@ -2621,8 +2690,8 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
     sizes = [entry.plain_bytes() for entry in table]
     section, after = payload[: header["section_bytes"]], payload[header["section_bytes"] :]
     whole = sum(sizes) + compressor.inside_bytes(cubes)
-    plain = np.frombuffer(decompress(section, compressor, whole), np.int8)
-    *parts, inside = np.split(plain, np.cumsum(sizes))
+    content = np.frombuffer(read_section(section, compressor, whole), np.int8)
+    *parts, inside = np.split(content, np.cumsum(sizes))
     codes = iter(compressor.decode(PackedCodes(inside.tobytes(), after), cubes))
     stored = {}
     for entry, part in zip(table, parts, strict=True):
@@ -2649,6 +2718,7 @@ def code_bytes() -> int:
 # distribution, and for a hint y (section 14) log p(y) and log(1 - p(y)).
 
 LOG_SHARE = 50  # progress lines a pass: about every 2 %
+CHALLENGE_RANKS = 8  # over which VAL_BATCH_SIZE is divided
 LEAST_SUM = 1e-300  # keeps logarithms of float64 sums finite
 
 
@@ -2676,7 +2746,7 @@ class Grid:
         self.last = stride
         self.batch_windows = cfg.eval_batch_windows
         if stride == cfg.eval_seq_len:  # a validation: no overlap, whole windows scored
-            self.batch_windows = max(1, cfg.val_batch_size // 8 // cfg.eval_seq_len)
+            self.batch_windows = max(1, cfg.val_batch_size // CHALLENGE_RANKS // cfg.eval_seq_len)
         count = 1 + -(-(len(self.table) - 1) // self.batch_windows)
         cuts = [count * r // world_size for r in range(world_size + 1)]
         ends = [self.scored_before(cut) for cut in cuts]
@@ -2830,7 +2900,7 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 
 
 class Counts(NamedTuple):
-    """Columns (positions,) int32 of one order n, over the positions before each."""
+    """Columns (positions,) of one order n, integers, over the positions before each."""
 
     context: Tensor  # how often the n - 1 tokens before occurred
     pair: Tensor  # how often this token followed them
@@ -2887,7 +2957,9 @@ def scatter(groups: Groups, values: Tensor, size: int, fill: int = 0) -> Tensor:
     return column
 
 
-def hint_columns(contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tensor) -> list[Tensor]:
+def follower_columns(
+    contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tensor
+) -> list[Tensor]:
     """distinct, hint, hint_count and distance (M,) of contexts that `occurred` (M,) so often,
     pair[position] times with this token."""
     seen = pair[contexts.position]
@@ -2953,17 +3025,12 @@ def count_ngrams(
             hashed = split(full, (key & (buckets - 1)).int())
         grams = hashed if buckets and order > 1 else split(contexts, tokens)
         occurred = earlier(contexts, chunk)
-        columns = [
-            scatter(contexts, occurred, size),
-            scatter(grams, earlier(grams, chunk), size),
-        ]
+        pairs = earlier(grams, chunk)
+        columns = [scatter(contexts, occurred, size), scatter(grams, pairs, size)]
         if chunk is None and not buckets:
-            hints = hint_columns(contexts, occurred, columns[1], tokens)
-            fills = (0, -1, 0, 0)
-            columns += [
-                scatter(contexts, values, size, fill)
-                for values, fill in zip(hints, fills, strict=True)
-            ]
+            followers = follower_columns(contexts, occurred, columns[1], tokens)
+            for values, fill in zip(followers, (0, -1, 0, 0), strict=True):
+                columns.append(scatter(contexts, values, size, fill))
         yield order, Counts(*(column[start:total] for column in columns))
         grams = hashed if buckets else grams
         contexts = Groups(grams.position + 1, grams.start)
@@ -2991,16 +3058,14 @@ class BackoffRule(NamedTuple):
         """(order, Counts) of the targets `span` of a stream; a rank counts all before (prefill)."""
         start, end = span
         begin, first = self.history(start)
-        history = tokens[begin : end + 1]
-        place = start + 1 - begin
         return count_ngrams(
-            history,
+            tokens[begin : end + 1],
             cfg.ngram_max_order,
-            place,
-            self.buckets,
-            self.granularity,
-            first,
-            cfg.ngram_primes,
+            start=start + 1 - begin,
+            buckets=self.buckets,
+            granularity=self.granularity,
+            first=first,
+            primes=cfg.ngram_primes,
         )
 
     def visible(self, target: int, begin: int) -> int:
@@ -3157,40 +3222,47 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
 # Ours: two stages, both distributions, both learned online from scored targets only.
 #
 # Hint. The longest known context names a token y: the one that followed it last. A table holds how
-# often such hints were right: a bucket by what the counts say of the hint, KNOTS points over the
-# network's logit p(y), linear in between (an adaptive probability map, as in PAQ), first the
-# network's own opinion. With s read from it,
+# often such hints were right, right[b,k] of seen[b,k]: buckets b by what counts say of the hint,
+# knots k at whole logits from -KNOT_MAX to KNOT_MAX of the network's p(y) (an adaptive probability
+# map, as in PAQ). It starts with HINT_PRIOR observations of the network's own opinion sigmoid(k):
 #
+#     logit s[b,k] = logit of (right[b,k] + prior sigmoid(k)) / (seen[b,k] + prior)
+#     logit s = linear interpolation of logit s[b,.] at the network's logit p(y)
 #     p1(y) = s,   p1(x) = (1 - s) p(x) / (1 - p(y)) for x != y
+#
+# and a scored target counts at the two knots around logit p(y), in the shares of the interpolation.
 #
 # Interpolation (Jelinek and Mercer 1980) over contexts of rising length k, first those of the
 # document, then those of the stream, with m_k = pair/context of level k:
 #
 #     P <- (1 - lambda_k) P + lambda_k m_k   or   P = sum_k m_k lambda_k prod_{j>k} (1 - lambda_j)
 #
-# with p1 as level 0: sticks broken from the longest context down. lambda comes from a table by what
-# the context looks like, re-estimated by EM: the responsibility of a level for the targets over
-# what reached it, that is the responsibilities of it and of all levels below.
+# with p1 as level 0: sticks broken from the longest context down. lambda_k = (a + explained) /
+# (a + b + reached) comes from a table by what the context looks like, re-estimated by EM: explained
+# sums the responsibilities of the level for the targets, reached those of it and all levels below.
 #
-# Buckets look at contexts alone and tables change between chunks only, so a distribution is there
-# before its target. Tables count in integers of 2^-32: no order of adding changes them. The
-# constants were chosen on the first half of a stream by bench/mixers.py.
+# Buckets look at nothing that depends on the target, and tables change between chunks only, so a
+# distribution is there before its target. Tables count in integers of 2^-32: no order of adding
+# changes them. The constants were chosen on the first half of a stream by bench/mixers.py, which
+# scores saved neural passes anew.
 
 ONE = 2.0**32  # the tables' unit
-KNOTS = 25  # a knot per logit from -KNOT_MAX to KNOT_MAX
-KNOT_MAX = 12.0
-KNOT_STEP = 2 * KNOT_MAX / (KNOTS - 1)
+KNOT_MAX = 12
+KNOTS = 2 * KNOT_MAX + 1  # of a bucket
 HINT_PRIOR = 10.0  # pseudo-observations of the network's opinion, a knot
-LEVEL_PRIOR = (0.1, 2.0)  # a, b: lambda starts at a/(a + b)
-SHORT_ORDERS = (2, 3, 4)  # of the document's levels; asked whether they name the same hint
+LEVEL_PRIOR = (0.1, 2.0)  # a, b
+DOCUMENT_MAX_ORDER = 4  # the document's levels are the orders 2 to this
+AGREEING_ORDERS = (2, 3, 4)  # of the stream, asked whether they name the same hint
 FAR_WINDOWS = 16  # attention windows beyond which a context is far away
 ENTROPIES = 6  # bins of the network's entropy, in whole nats
-# What contexts are told apart by, and in how many bins: level_key and hint_key make the digits.
+# What contexts are told apart by, and in how many bins: level_key and hint_key make the digits. Of
+# the hint's the order comes first (hint_orders), and from 2 on, so that no key is 0; orders from 16
+# on share a bin. Agreement comes last: ngram_columns adds it.
 LEVEL_FEATURES = {"log2_count": 13, "variety": 8, "distance": 3}
 LEVEL_KEYS = 1 + math.prod(LEVEL_FEATURES.values())
-HINT_FEATURES = {"order": 17, "share": 5, "distance": 3}  # orders from 16 on share a bin
-AGREEMENTS = 2 ** len(SHORT_ORDERS)  # which of the short orders name the same hint
-HINT_KEYS = math.prod(HINT_FEATURES.values()) * AGREEMENTS
+HINT_FEATURES = {"order": 17, "share": 5, "distance": 3, "agreement": 2 ** len(AGREEING_ORDERS)}
+HINT_KEYS = math.prod(HINT_FEATURES.values())
+assert FIELDS["mixer_max_order"].metadata["allowed"][0] >= max(DOCUMENT_MAX_ORDER, *AGREEING_ORDERS)
 
 
 class NgramColumns(NamedTuple):
@@ -3206,13 +3278,13 @@ class MixInputs(NamedTuple):
     """What the mixer reads of M candidates: targets of a chunk, or all tokens at one position."""
 
     logp: Tensor  # float64 (M,), of the candidate, by the network
-    entropy: Tensor  # float64 (M,), as are the next two, of NeuralColumns
-    hint_logp: Tensor
-    hint_log1m: Tensor
+    entropy: Tensor  # float64 (M,), of NeuralColumns
+    hint_logp: Tensor  # float64 (M,), of NeuralColumns
+    hint_log1m: Tensor  # float64 (M,), of NeuralColumns
     is_hint: Tensor  # bool (M,), the candidate is the hint
-    hint_key: Tensor  # (M,), as are the next two, of NgramColumns
-    ratio: Tensor
-    level_key: Tensor
+    hint_key: Tensor  # integers (M,), of NgramColumns
+    ratio: Tensor  # float32 (levels,M), of NgramColumns
+    level_key: Tensor  # int16 (levels,M), of NgramColumns
 
     def part(self, begin: int, end: int) -> MixInputs:
         """The candidates [begin, end)."""
@@ -3235,11 +3307,12 @@ class Evidence(NamedTuple):
 
 
 def number_of(digits: dict[str, Any], sizes: dict[str, int]) -> Any:
-    """One number of several digits, the first the most significant: digits[name] < sizes[name]."""
+    """One number of several digits, the first the most significant; digits that exceed their bins
+    share the last one."""
     assert digits.keys() == sizes.keys(), "each feature needs a digit and a number of bins"
     number = 0
     for name, size in sizes.items():
-        number = number * size + digits[name]
+        number = number * size + torch.as_tensor(digits[name]).clamp(0, size - 1)
     return number
 
 
@@ -3262,12 +3335,14 @@ def level_key(counts: Counts, near: int) -> Tensor:
 
 
 def hint_key(order: int, counts: Counts, near: int) -> Tensor:
-    """int32 key of each position's hint by HINT_FEATURES of its context, of this order."""
+    """int32 key of the hint that contexts of this order name, by HINT_FEATURES; without agreement,
+    which the other orders tell."""
     shares = HINT_FEATURES["share"] - 1
     digits = {
-        "order": min(order, HINT_FEATURES["order"] - 1),
+        "order": order,
         "share": counts.hint_count * shares // counts.context.clamp(min=1),
         "distance": distance_bin(counts.distance, near),
+        "agreement": 0,
     }
     return number_of(digits, HINT_FEATURES)
 
@@ -3278,42 +3353,36 @@ def ngram_columns(
     near: int,
 ) -> NgramColumns:
     """From (order, Counts) inside documents and over the stream; near: tokens of a window."""
-    ratios, keys, short_hints = [], [], []
-    hint, key_of_hint = -1, 0
+    ratios, keys, agreeing = [], [], []
+    hint, key, agreement = -1, 0, 0  # of no order; columns from the first order on
 
     def add_level(counts: Counts) -> None:
         ratios.append((counts.pair.double() / counts.context.clamp(min=1)).float())
         keys.append(level_key(counts, near))
 
     for order, counts in document_counts:
-        if order > 1:
+        if order > 1:  # a context of no token tells nothing that the network does not know
             add_level(counts)
     for order, counts in stream_counts:
-        if order == 1:
-            continue
-        add_level(counts)
-        known = counts.context > 0
-        hint = torch.where(known, counts.hint, hint)  # the longest known context names it
-        key_of_hint = torch.where(known, hint_key(order, counts, near), key_of_hint)
-        if order in SHORT_ORDERS:
-            short_hints.append(counts.hint)
-    for other in short_hints:
-        key_of_hint = key_of_hint * 2 + (other == hint)
-    key_of_hint = torch.where(hint >= 0, key_of_hint, 0)
-    return NgramColumns(hint, key_of_hint, torch.stack(ratios), torch.stack(keys))
+        if order > 1:
+            add_level(counts)
+            known = counts.context > 0  # the longest known context names the hint
+            hint = torch.where(known, counts.hint, hint)
+            key = torch.where(known, hint_key(order, counts, near), key)
+        if order in AGREEING_ORDERS:
+            agreeing.append(counts.hint)
+    for other in agreeing:
+        agreement = 2 * agreement + (other == hint).int()
+    key = torch.where(hint >= 0, key + agreement, 0)
+    return NgramColumns(hint, key, torch.stack(ratios), torch.stack(keys))
 
 
 def stream_columns(tokens: Tensor, span: tuple[int, int], cfg: Config) -> NgramColumns:
-    """NgramColumns of the targets `span` of a stream (N+1,), by one count of all before."""
+    """NgramColumns of the targets `span` of a stream (N+1,), from counts of all before."""
     tokens, start = tokens[: span[1] + 1], span[0] + 1
-    in_documents = count_ngrams(tokens, max(SHORT_ORDERS), start, documents=True)
+    in_documents = count_ngrams(tokens, DOCUMENT_MAX_ORDER, start, documents=True)
     in_stream = count_ngrams(tokens, cfg.mixer_max_order, start)
     return ngram_columns(in_documents, in_stream, cfg.eval_seq_len)
-
-
-def hint_orders(keys: Tensor) -> Tensor:
-    """Order (N,) of each target's hint, 0: none, from its key, whose first digit it is."""
-    return keys // (HINT_KEYS // HINT_FEATURES["order"])
 
 
 class CalibratedMixer:
@@ -3321,26 +3390,22 @@ class CalibratedMixer:
 
     hint_seen, hint_right: (HINT_KEYS * KNOTS,) int64, how many hints were seen there, and right.
     reached, explained: (levels * ENTROPIES * LEVEL_KEYS,) int64, the mass of targets that reached a
-    level, and that it explained. first_cell: (levels,1), of each level. All sums in 1/ONE.
+    level, and that it explained. All in units of 1/ONE.
     """
 
     def __init__(self, levels: int, device: str | torch.device = "cpu"):
-        hints, cells = HINT_KEYS * KNOTS, ENTROPIES * LEVEL_KEYS
+        hints, cells = HINT_KEYS * KNOTS, levels * ENTROPIES * LEVEL_KEYS
         self.hint_seen, self.hint_right = torch.zeros(2, hints, dtype=torch.int64, device=device)
-        self.reached, self.explained = torch.zeros(
-            2, levels * cells, dtype=torch.int64, device=device
-        )
-        self.first_cell = torch.arange(levels, device=device)[:, None] * cells
+        self.reached, self.explained = torch.zeros(2, cells, dtype=torch.int64, device=device)
 
     def tables(self) -> dict[str, Tensor]:
         """All that is learned, by name."""
-        names = ("hint_seen", "hint_right", "reached", "explained")
-        return {name: getattr(self, name) for name in names}
+        return vars(self)
 
-    def copy(self) -> CalibratedMixer:
+    def snapshot(self) -> CalibratedMixer:
         """The tables as they are now, on the CPU."""
         other = copy.copy(self)
-        for name, table in (self.tables() | {"first_cell": self.first_cell}).items():
+        for name, table in self.tables().items():
             setattr(other, name, table.to("cpu", copy=True))
         return other
 
@@ -3348,11 +3413,11 @@ class CalibratedMixer:
         """(log p1 (M,), Evidence.hint_cells, Evidence.hint_shares) of the candidates."""
         has_hint = x.hint_key > 0
         # Where the network's logit p(y) lies on the axis of the knots, and the knot below it.
-        place = ((x.hint_logp - x.hint_log1m + KNOT_MAX) / KNOT_STEP).clamp(0, KNOTS - 1)
+        place = (x.hint_logp - x.hint_log1m + KNOT_MAX).clamp(0, KNOTS - 1)
         below = place.long().clamp(max=KNOTS - 2)
         knots = torch.stack([below, below + 1])
         cells = x.hint_key.long() * KNOTS + knots
-        prior = torch.sigmoid(knots.double() * KNOT_STEP - KNOT_MAX) * HINT_PRIOR
+        prior = torch.sigmoid(knots.double() - KNOT_MAX) * HINT_PRIOR
         right = prior + self.hint_right[cells].double() / ONE
         wrong = HINT_PRIOR + self.hint_seen[cells].double() / ONE - right
         logits = right.log() - wrong.log()
@@ -3364,20 +3429,18 @@ class CalibratedMixer:
         shares = shares.masked_fill(~has_hint, 0)
         return torch.where(has_hint, logp, x.logp), cells, shares
 
-    def level_lambdas(self, level_cells: Tensor, known: Tensor) -> Tensor:
-        """lambda (levels,M) of each candidate's levels; 0 where the context is not known."""
-        a, b = LEVEL_PRIOR
-        explained = self.explained[level_cells].double() / ONE
-        reached = self.reached[level_cells].double() / ONE
-        return ((a + explained) / (a + b + reached)).masked_fill_(~known, 0.0)
-
     def predict(self, x: MixInputs) -> tuple[Tensor, Evidence]:
         """(log P (M,) of the candidates, what there is to learn if they are scored)."""
         logp, hint_cells, hint_shares = self.hint_stage(x)
+        level = torch.arange(len(x.level_key), device=logp.device)[:, None]
         entropy = x.entropy.long().clamp(0, ENTROPIES - 1)
-        level_cells = x.level_key.long() + entropy * LEVEL_KEYS + self.first_cell
-        lambdas = self.level_lambdas(level_cells, x.level_key > 0)
-        # What is left of the stick by the levels above, from the last level down to p1: (levels,M).
+        level_cells = (level * ENTROPIES + entropy) * LEVEL_KEYS + x.level_key.long()
+        a, b = LEVEL_PRIOR
+        explained = self.explained[level_cells].double() / ONE
+        reached = self.reached[level_cells].double() / ONE
+        lambdas = ((a + explained) / (a + b + reached)).masked_fill_(x.level_key == 0, 0.0)
+        # left[k]: of the stick, by level k and all above it. parts[0] is p1's, parts[k + 1] level
+        # k's, which gets what the levels above it leave: left[k + 1], or all.
         left = (1 - lambdas).flip(0).cumprod(0).flip(0)
         parts = torch.cat([left[:1] * logp.exp(), lambdas * x.ratio])
         parts[1:-1] *= left[1:]
@@ -3408,12 +3471,12 @@ def one_thread() -> Iterator[None]:
 
 
 def mix(
-    inputs: MixInputs, chunk: int, keep: Iterable[int] = ()
+    inputs: MixInputs, chunk: int, keep: Collection[int] = ()
 ) -> tuple[Tensor, dict[int, CalibratedMixer]]:
     """(log-probability (N,) of every target, tables by target).
 
-    Score first: the tables are read for a chunk of targets, then updated. keep: targets of whose
-    chunk to keep the tables as they were read; under N are those at the end.
+    Score first: the tables are read for a chunk of targets, then updated. keep: targets whose
+    tables to keep as they were read; key N: the tables after the last update.
     """
     size = len(inputs.logp)
     out, kept = torch.empty_like(inputs.logp), {}
@@ -3422,11 +3485,11 @@ def mix(
         for begin in range(0, size, chunk):
             wanted = [i for i in keep if begin <= i < begin + chunk]
             if wanted:
-                kept |= dict.fromkeys(wanted, mixer.copy())
+                kept |= dict.fromkeys(wanted, mixer.snapshot())
             logp, evidence = mixer.predict(inputs.part(begin, begin + chunk))
             out[begin : begin + chunk] = logp
             mixer.update(evidence)
-    return out, kept | {size: mixer.copy()}
+    return out, kept | {size: mixer.snapshot()}
 
 
 # ==================================================================================================
@@ -3440,9 +3503,14 @@ def mix(
 # probability distribution, and its bits per byte are the length of no message.
 
 MASS_POSITIONS = 32  # targets at which scorings are summed
-LEAST_MASS_POSITIONS = 4  # of long streams, whose scans are slow:
-MASS_SCANNED_TOKENS = 2**28  # in all
-NORMALIZED_WITHIN = 1e-4  # of 1, for normalized:yes
+LEAST_MASS_POSITIONS = 4  # of long streams, whose scans are slow
+MASS_SCANNED_TOKENS = 2**28  # that all scans together may look through
+NORMALIZED_WITHIN = 1e-4  # of 1, for normalized:yes; the audit asks for MASS_WITHIN
+
+
+def hint_orders(keys: Tensor) -> Tensor:
+    """Order (N,) of each target's hint, 0: none, from its key, whose first digit it is."""
+    return keys // (HINT_KEYS // HINT_FEATURES["order"])
 
 
 class Evaluation:
@@ -3546,7 +3614,7 @@ class Evaluation:
         cfg, tokens, words = self.cfg, self.data.val, torch.arange(len(logp))
         starts = (tokens[: target + 1] == BOS).nonzero().flatten().tolist()
         begin = starts[-1] + 1 if starts else 0  # of the document
-        in_document = scan_ngrams(tokens, target, EXACT, max(SHORT_ORDERS), cfg, begin)
+        in_document = scan_ngrams(tokens, target, EXACT, DOCUMENT_MAX_ORDER, cfg, begin)
         in_stream = scan_ngrams(tokens, target, EXACT, cfg.mixer_max_order, cfg)
         ngram = ngram_columns(in_document, in_stream, cfg.eval_seq_len)
         hint = ngram.hint[0].clamp(min=0)
@@ -3603,12 +3671,10 @@ class Evaluation:
 
 def neural_pass_base(evaluation: Evaluation, artifact: str) -> str:
     """Path without suffix of the saved pass of an artifact (its SHA-256) over a stream: named by
-    what the pass depends on, so that it is found whatever the run is called."""
+    the settings that the pass depends on, so that it is found whatever the run is called."""
     cfg, tokens = evaluation.cfg, evaluation.data.val.numpy()
-    settings = [
-        *(cfg.eval_seq_len, cfg.eval_stride, cfg.eval_batch_windows, cfg.ngram_enabled),
-        *(cfg.mixer_max_order, evaluation.run.device.type),
-    ]
+    settings = [cfg.eval_seq_len, cfg.eval_stride, cfg.eval_batch_windows, cfg.ngram_enabled]
+    settings += [cfg.mixer_max_order, evaluation.run.device.type]
     made_of = json.dumps([artifact, hashlib.sha256(tokens).hexdigest(), settings])
     return f"{cfg.logs_path}/neural-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
@@ -3662,20 +3728,23 @@ def load_neural_pass(evaluation: Evaluation, artifact: str) -> bool:
 AUDIT_UPDATES = 3  # table updates before coding starts
 AUDIT_TARGETS = 1024  # targets coded
 AUDIT_TEXT_TOKENS = 2_000_000  # whose bytes are counted in their text
-AUDIT_TABLES = 4  # sampled tables that are rebuilt
+AUDIT_TABLES = 4  # that are rebuilt: those of the earliest samples
 MASS_WITHIN = 1e-6  # of 1
 SCORE_WITHIN = 1e-4  # of the batched score, in nats
 CODED_SHARE, CODED_BITS = 1e-3, 64  # of the claim: a coder's fixed-point loss and its last words
 
 
 def audit_span(evaluation: Evaluation) -> tuple[int, int]:
-    """(first, end) of the coded targets: whole windows, so that the run scored them by the same."""
+    """(first, end) of the coded targets: whole windows, so that the run scored them by the same. Of
+    a stream of one window, its second half."""
     cfg = evaluation.cfg
     length, stride = cfg.eval_seq_len, cfg.eval_stride
     rule = evaluation.rules.get(evaluation.headline, EXACT)
     updates = AUDIT_UPDATES * max(rule.granularity, cfg.mixer_chunk_tokens)
     known = max(rule.first + updates, cfg.ngram_start_tokens)  # targets before the coded ones
     strides = (len(evaluation.data.val) - 1 - length) // stride
+    if strides == 0:
+        return length - min(AUDIT_TARGETS, length // 2), length
     before = min(max(0, -((length - known) // stride)), strides // 2)
     coded = min(-(-AUDIT_TARGETS // stride), strides - before)
     return length + before * stride, length + (before + coded) * stride
@@ -3693,7 +3762,8 @@ def evaluate_alone(
 
 
 def audit_causal(evaluation: Evaluation) -> dict:
-    """Replace all tokens from a target on: no score before, nor the distribution there, differs."""
+    """Replace all tokens from a target on: no score before, nor the distribution there, differs;
+    the stream that ends soon after scores as the whole one did."""
     cfg, val, headline = evaluation.cfg, evaluation.data.val, evaluation.headline
     model, run = evaluation.neural.model, evaluation.run
     random, (first, end) = np.random.RandomState(cfg.seed), audit_span(evaluation)
@@ -4291,7 +4361,7 @@ def main() -> int:
         return status
     except (RunError, OSError, RuntimeError) as error:
         line = explain(error, run)
-        if line is None or os.environ.get("DEBUG") == "1":
+        if line is None or BOOLEANS.get(os.environ.get("DEBUG", "").lower()):
             raise
         if line:
             print(f"error: {line}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ import torch
 from common import golf
 
 CHUNK, FAR = 8192, 2**40
-LEVELS = len(golf.SHORT_ORDERS)  # of the document, before those of the stream
+DOCUMENT_ORDERS = tuple(range(2, golf.DOCUMENT_MAX_ORDER + 1))  # levels before the stream's
 
 
 def load(path):
@@ -32,14 +32,14 @@ def load(path):
     return saved["tokens"], saved["byte_counts"].double(), neural
 
 
-def inputs(tokens, neural, max_order=12, near=256, documents=golf.SHORT_ORDERS):
+def inputs(tokens, neural, max_order=12, near=256, documents=DOCUMENT_ORDERS):
     """(MixInputs, distance of the hint's context) of a pass made with hints of up to max_order."""
     span = (0, len(tokens) - 1)
     cfg = golf.replace(golf.Config(), mixer_max_order=max_order, eval_seq_len=near)
     ngram = golf.stream_columns(tokens, span, cfg)
-    if documents != golf.SHORT_ORDERS:
-        kept = [k for k, n in enumerate(golf.SHORT_ORDERS) if n in documents]
-        kept += range(LEVELS, len(ngram.ratio))
+    if documents != DOCUMENT_ORDERS:
+        kept = [k for k, n in enumerate(DOCUMENT_ORDERS) if n in documents]
+        kept += range(len(DOCUMENT_ORDERS), len(ngram.ratio))
         ngram = ngram._replace(ratio=ngram.ratio[kept], level_key=ngram.level_key[kept])
     distance = torch.zeros(span[1], dtype=torch.int64)
     for order, counts in golf.count_ngrams(tokens, max_order, 1):

@@ -1,13 +1,15 @@
 """What do bytes buy? Methods of quantization, entropy coders, and an export at full width.
 
     python bench/quantization.py logs/x.safetensors [--bits 4.7 3.5] [--kl-tokens 32768]
+    python bench/quantization.py logs/x.safetensors --exponents 0.2 0.25 0.3 0.5
     python bench/quantization.py --full-width
 
 Weights are those that a run saved; the environment is that run's (SCALE, DATA_PATH, ...). A method
 is judged by two figures against the unquantized weights, both in bits per byte: the gap in val_bpb,
 and the Kullback-Leibler divergence of its predictions on --kl-tokens, which is less noisy. The
 submissions' method is their code's: clips of five percentiles, one choice for a whole tensor, no
-step under 1/31, torch.save and lzma; ours is then given exactly as many bytes. --full-width needs
+step under 1/31, torch.save and lzma; ours is then given exactly as many bytes. --exponents compares
+powers of the mean square gradient that steps go with (STEP_EXPONENT). --full-width needs
 no weights: random 11x512 matrices, rows and columns of unequal spread; with weights it means those
 of a model of that size.
 """
@@ -18,6 +20,7 @@ import lzma
 import math
 import os
 import time
+from unittest import mock
 
 import brotli
 import numpy as np
@@ -153,6 +156,19 @@ def methods(judge, bits):
     return senses
 
 
+def exponents(judge, bits, powers):
+    """Steps by sensitivity, without GPTQ, that go with other powers of the mean square gradient."""
+    senses = golf.calibrate(judge.load(judge.weights), judge.data, judge.cfg, judge.run)
+    rounded = {n: s._replace(factor=None) for n, s in senses.items()}
+    cells = sum(w.numel() for w in judge.weights.values())
+    print(f"\n{'exponent of the steps':44}{'bytes':>12}{'gap':>10}{'KL':>10}")
+    for b in bits:
+        print(f"{b} bits a parameter:")
+        for power in powers:
+            with mock.patch.object(golf, "STEP_EXPONENT", power):
+                judge.ours(f"  {power:g}", rounded, int(b * cells / 8))
+
+
 def coders(tensors, cfg):
     """The table of coders: what each makes of the same codes, steps and float16 values."""
     coded = {n: t for n, t in tensors.items() if isinstance(t, golf.CodedTensor)}
@@ -235,6 +251,7 @@ def main():
     parser.add_argument("weights", nargs="?")
     parser.add_argument("--bits", type=float, nargs="*", default=[4.7])
     parser.add_argument("--kl-tokens", type=int, default=32768)
+    parser.add_argument("--exponents", type=float, nargs="*", default=[])
     parser.add_argument("--full-width", action="store_true")
     args = parser.parse_args()
     # Wide codes: the number of bytes alone is the limit.
@@ -246,6 +263,9 @@ def main():
     else:
         data = golf.load_data(cfg, run)
         judge = Judge(safetensors.torch.load_file(args.weights), data, cfg, run, args.kl_tokens)
+        if args.exponents:
+            exponents(judge, args.bits, args.exponents)
+            return
         senses = methods(judge, args.bits)
         found = run.record["artifact"][-1]["log2_step"]
         coders(golf.quantize(judge.weights, cfg, senses, found), cfg)

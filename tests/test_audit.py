@@ -232,3 +232,12 @@ def test_a_saved_pass_gives_the_same_bits_and_only_its_own(job, artifact, tmp_pa
     path.write_bytes(path.read_bytes()[:1000])
     done = job(RESUME_EVAL="1", **more)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(path) in done.stderr
+
+
+def test_a_stream_of_one_window_is_audited(job, artifact):
+    """Its second half is coded, from its first."""
+    done = job(
+        LOAD_ARTIFACT=str(artifact), VAL_TOKENS="64", MIXER_CHUNK_TOKENS="16", AUDIT="strict"
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "audit decodable PASS targets:32 prefix_tokens:33" in done.stdout

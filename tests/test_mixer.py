@@ -184,7 +184,7 @@ def test_tables_change_after_a_chunk_only_and_in_any_order():
     x = inputs(tokens, logp)
     one, other = (golf.CalibratedMixer(len(x.ratio)) for _ in range(2))
     _, evidence = one.predict(x)
-    assert not any(t.any() for k, t in vars(one).items() if k != "first_cell")
+    assert not any(t.any() for t in vars(one).values())
     one.update(evidence)
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     other.update(other.predict(golf.MixInputs(*(c[..., shuffled] for c in x)))[1])
@@ -221,3 +221,30 @@ def test_documents_do_not_leak_into_each_other():
     x = golf.stream_columns(tokens, (0, 7), CFG)
     assert x.level_key[:3, 4:].eq(0).all() and x.level_key[3, 5] > 0 and x.ratio[3, 5] == 1.0
     assert x.hint.tolist() == [-1, -1, -1, -1, 5, 6, 7]
+
+
+def test_keys_are_numbers_of_their_digits():
+    """Every digit has a number of bins; what exceeds them shares the last one, no other's key."""
+    sizes = dict(a=3, b=4)
+    digits = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    keys = golf.number_of(dict(a=digits[:, 0], b=digits[:, 1]), sizes)
+    assert keys.tolist() == list(range(12))
+    assert golf.number_of(
+        dict(a=torch.tensor([1, 1]), b=torch.tensor([4, -1])), sizes
+    ).tolist() == [
+        7,
+        4,
+    ]
+    for wrong in (dict(a=1), dict(a=1, b=1, c=1)):
+        with pytest.raises(AssertionError, match="bins"):
+            golf.number_of(wrong, sizes)
+
+
+def test_keys_of_hints_tell_their_order():
+    tokens, logp = text(500, 7), network(500, 7)
+    x, longest = inputs(tokens, logp), torch.zeros(500, dtype=torch.int64)
+    for order, counts in golf.count_ngrams(tokens, MAX_ORDER, 1):
+        if order > 1:
+            longest = torch.where(counts.context > 0, order, longest)
+    assert torch.equal(golf.hint_orders(x.hint_key).long(), longest)
+    assert int(x.hint_key.max()) < golf.HINT_KEYS and longest.max() == MAX_ORDER

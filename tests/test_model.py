@@ -147,3 +147,9 @@ def test_swa_can_be_turned_off(tiny_model):
     average = golf.WeightAverage(model, cfg)
     average.update(0.8, 0.9, 0.1)
     assert average.samples == 0
+
+
+def test_no_weights_at_all_do_not_fit(data):
+    cfg, run, _ = data
+    with pytest.raises(golf.RunError, match="do not fit"):
+        golf.build_model(cfg, run, {})

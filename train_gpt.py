@@ -4303,7 +4303,7 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     run.on_main(lambda: final_report(evaluation, blob, cfg, run))
     unsaved = run.on_main(lambda: run.unsaved)
     if unsaved:
-        raise RunError(unsaved[-1])
+        raise RunError("; ".join(unsaved))
     return 3 if failed and cfg.audit == "strict" else 0
 
 

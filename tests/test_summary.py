@@ -114,24 +114,78 @@ def test_a_records_folder_runs_from_there(runs, tmp_path):
 @pytest.mark.parametrize(
     "change_to, words",
     [
-        (dict(config__recipe="pr889"), ["recipe", "pr889"]),
-        (dict(config__scale="full"), ["scale"]),
-        (dict(final__scoring="neural"), ["scoring"]),
-        (dict(facts__code_sha256="x"), ["code"]),
-        (dict(corpus__vocabulary_sha256="x"), ["corpus"]),
-        (dict(corpus__val_targets=7), ["targets"]),
-        (dict(final__seed=1), ["seed 1", "2 times"]),
+        (dict(config__recipe="pr889"), ["RECIPE is golf", "pr889 in"]),
+        (dict(config__scale="full"), ["SCALE is demo", "full in"]),
+        (dict(config__eval_stride=32), ["EVAL_STRIDE is 16", "32 in"]),
+        (dict(config__max_wallclock_seconds=1200.0), ["MAX_WALLCLOCK_SECONDS is 0.0", "1200.0 in"]),
+        (dict(config__matrix_lr=0.05), ["MATRIX_LR is 0.025", "0.05 in"]),
+        (dict(final__scoring="neural"), ["scoring is calibrated", "neural in"]),
+        (dict(facts__code_sha256="x"), ["code_sha256 is", "x in"]),
+        (dict(facts__world_size=8), ["world_size is 1", "8 in"]),
+        (dict(facts__gpu="a GPU"), ["gpu is none", "a GPU in"]),
+        (dict(corpus__vocabulary_sha256="x"), ["vocabulary_sha256 is", "x in"]),
+        (dict(corpus__val_targets=7), ["val_targets is 4096", "7 in"]),
+        (dict(corpus__train_tokens=7), ["train_tokens is", "7 in"]),
     ],
     ids=str,
 )
 def test_runs_that_are_not_alike(runs, tmp_path, change_to, words):
     change(runs[2], **change_to)
     done = summary(*runs, "--record", tmp_path / "x", "--submission", tmp_path / "y")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert all(word in done.stderr for word in words)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert all(word in done.stderr for word in words) and done.stderr.count(" is ") == 1
+    assert f"in {runs[0]}, {runs[1]} and" in done.stderr and f"in {runs[2]}" in done.stderr
     assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
     assert summary(*runs, "--mixed").returncode == 0
     assert summary(*runs, "--mixed", "--record", tmp_path / "x").returncode == 2
+
+
+def test_everything_that_differs_is_named_at_once(runs):
+    change(runs[1], config__eval_stride=8, config__matrix_lr=0.05)
+    change(runs[2], config__eval_stride=32)
+    done = summary(*runs)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"EVAL_STRIDE is 16 in {runs[0]} and 8 in {runs[1]} and 32 in {runs[2]};" in done.stderr
+    assert f"MATRIX_LR is 0.025 in {runs[0]}, {runs[2]} and 0.05 in {runs[1]} " in done.stderr
+
+
+def test_the_validation_tokens_are_compared_where_they_are_known(runs):
+    for path in runs:
+        change(path, corpus__val_sha256=None)
+    change(runs[0], corpus__val_sha256="x")
+    assert summary(*runs).returncode == 0
+    change(runs[1], corpus__val_sha256="y")
+    done = summary(*runs)
+    assert done.returncode == 2
+    assert f"val_sha256 is x in {runs[0]} and y in {runs[1]} " in done.stderr
+
+
+def test_what_seeds_need_not_share(runs):
+    change(
+        runs[2],
+        config__seed=3,
+        config__run_id="another",
+        config__author="another",
+        config__github_id="another",
+        config__logs_path="elsewhere",
+        config__data_path="elsewhere",
+        config__tokenizer_path="elsewhere",
+        config__prepared_path="elsewhere",
+        config__load_artifact="elsewhere",
+        config__train_log_every=7,
+        config__checkpoint_seconds=60.0,
+        config__resume=True,
+        config__debug=True,
+        corpus__train_tokens=0,
+    )
+    done = summary(*runs)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_seed_counts_once(runs):
+    change(runs[2], final__seed=1)
+    done = summary(*runs)
+    assert done.returncode == 2 and "seed 1 appears 2 times" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@
         --submission FILE                the challenge's submission.json over all seeds
         --record DIR                     the challenge's records folder, which runs from there
 
-Bad input ends in one line and exit status 2; nothing half-written is left.
+Runs are seeds of one configuration, or they are refused: every setting but those of MAY_DIFFER is
+the same, and so are code, machine and corpus. Bad input ends in one line and exit status 2;
+nothing half-written is left.
 """
 
 import argparse
@@ -20,7 +22,19 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SAME = ("recipe", "scale")  # of the configuration; besides scoring, corpus and code
+# Settings that seeds of one configuration need not share. All others change a score, or may.
+MAY_DIFFER = {
+    *("seed", "run_id", "author", "github_id"),  # whose run it is
+    # Where its files are: `corpus` says by hashes and sizes what was in them.
+    *("logs_path", "data_path", "tokenizer_path", "text_files", "prepared_path"),
+    *("load_weights", "load_artifact", "resume", "resume_eval"),  # the stage it went on from
+    # What it says and saves on the way, and how it ends; the table shows each run's audit.
+    *("train_log_every", "val_loss_every", "checkpoint_seconds", "dist_timeout_seconds"),
+    *("debug", "audit"),
+}
+MACHINE = ("code_sha256", "world_size", "gpu", "torch")  # of `facts`, always the same
+CORPUS = ("vocabulary_sha256", "val_targets")  # of `corpus`, always the same
+CORPUS_IF_KNOWN = ("sha256", "val_sha256", "train_tokens")  # the same where two runs know them
 SHIPPED = ("train_gpt.py", "requirements.txt")
 SEED_KEYS = (  # of the table's columns, those that submission.json gives for each seed
     "seed",
@@ -62,25 +76,43 @@ def read_run(path: Path) -> dict:
     return record | dict(path=path)
 
 
+def compared(run: dict) -> dict:
+    """{name: value} of what seeds of one configuration share; None: the run does not know it."""
+    config, facts, corpus = run["config"], run["facts"], run["corpus"]
+    shared = {key.upper(): config[key] for key in config.keys() - MAY_DIFFER}
+    shared |= {key: facts.get(key) for key in MACHINE}
+    shared |= {key: corpus.get(key) for key in CORPUS}
+    shared |= {key: corpus.get(key) or None for key in CORPUS_IF_KNOWN}
+    return shared | {"scoring": run["final"][-1]["scoring"]}
+
+
+def difference(name: str, values: dict[str, list]) -> str:
+    """Text of one thing that differs; values: {value as text: paths of the runs that have it}."""
+    parts = (f"{value} in {', '.join(map(str, paths))}" for value, paths in values.items())
+    return f"{name} is " + " and ".join(parts)
+
+
+def differences(runs: list[dict]) -> list[str]:
+    """Text of each thing that differs between runs which ought to be one configuration."""
+    shared = {run["path"]: compared(run) for run in runs}
+    found = []
+    for name in sorted(set().union(*shared.values())):
+        values: dict[str, list] = {}
+        for path, facts in shared.items():
+            if facts.get(name) is not None or name not in CORPUS_IF_KNOWN:
+                values.setdefault(str(facts.get(name, "not set")), []).append(path)
+        if len(values) > 1:
+            found.append(difference(name, values))
+    return found
+
+
 def check_alike(runs: list[dict]) -> None:
     """SummaryError if the runs are not one configuration under different seeds."""
-
-    def facts(run):
-        return {key: run["config"][key] for key in SAME} | dict(
-            scoring=run["final"][-1]["scoring"],
-            code=run["facts"]["code_sha256"],
-            corpus=run["corpus"]["vocabulary_sha256"],
-            targets=run["corpus"]["val_targets"],
+    found = differences(runs)
+    if found:
+        raise SummaryError(
+            f"not one configuration: {'; '.join(found)} (--mixed shows the table all the same)"
         )
-
-    for run in runs[1:]:
-        for key, value in facts(run).items():
-            if value != facts(runs[0])[key]:
-                raise SummaryError(
-                    f"{run['path']}: its {key} is {value}, that of "
-                    f"{runs[0]['path']} is {facts(runs[0])[key]}; --mixed shows the "
-                    "table all the same"
-                )
     seeds = [run["final"][-1]["seed"] for run in runs]
     for run, seed in zip(runs, seeds, strict=True):
         if seeds.count(seed) > 1:

@@ -243,6 +243,8 @@ def method_figures(folder: Path, log: str) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 FULL = {"SCALE": "full"}
+TIMED = {"SAVE_PASS": "1"}  # whose file says how long the neural pass took
+PASSES = "neural-*.safetensors"
 START = "{out}/a/golf/golf.int6.ptz"  # what stage a leaves
 QUICK = ("--repeats", "1", "--seconds", "1")
 SCORED_TARGETS = "8388608"  # most that stages f3 and f4 score
@@ -259,14 +261,22 @@ def scored(recipe: str, stage: str) -> Command:
     """Every scoring of the artifact that a stage of training left."""
     artifact = f"{{out}}/{stage}/{recipe}/{recipe}.int6.ptz"
     env = {"RECIPE": recipe, "LOAD_ARTIFACT": artifact, "VAL_TOKENS": SCORED_TARGETS}
-    return Command(recipe, RUN, FULL | env | {"AUDIT": "1"}, small_env={"AUDIT": "0"})
+    return Command(recipe, RUN, FULL | TIMED | env | {"AUDIT": "1"}, small_env={"AUDIT": "0"})
+
+
+def counted(*sizes: str) -> Command:
+    """Counts of the first so many million tokens of a training shard."""
+    data = ("--repeats", "1", "--tokens", "{shard}")
+    small = ("--sizes", "0.02", "--window-tokens", "2000", *data)
+    name = f"counts{sizes[-1]}"
+    return Command(name, "bench/ngram_counts.py", {}, ("--sizes", *sizes, *data), {}, small)
 
 
 def strided(stride: int) -> Command:
     """An evaluation of stage a's artifact at a stride."""
     env = {"LOAD_ARTIFACT": START, "EVAL_STRIDE": str(stride), "VAL_TOKENS": "524288"}
     small = {"EVAL_STRIDE": str(stride // 8)}
-    return Command(f"stride{stride}", RUN, FULL | env | {"AUDIT": "0"}, small_env=small)
+    return Command(f"stride{stride}", RUN, FULL | TIMED | env | {"AUDIT": "0"}, small_env=small)
 
 
 STAGES = (
@@ -279,11 +289,14 @@ STAGES = (
             Command(
                 "golf",
                 RUN,
-                FULL | {"MAX_WALLCLOCK_SECONDS": "60", "VAL_TOKENS": "524288", "AUDIT": "strict"},
+                FULL
+                | TIMED
+                | {"MAX_WALLCLOCK_SECONDS": "60", "VAL_TOKENS": "524288", "AUDIT": "strict"},
             ),
         ),
         run_figures,
         ("golf.steps", "golf.step_ms", "golf.warmup_seconds", "golf.eval_seconds", "golf.bpb"),
+        discards=PASSES,
     ),
     Stage(
         "b",
@@ -326,23 +339,14 @@ STAGES = (
         run_figures,
         tuple(f"stride{stride}.eval_seconds" for stride in (64, 128, 256, 512)),
         (START,),
+        discards=PASSES,
     ),
     Stage(
         "d1",
         "counting",
         "n-gram counts (and what else the bench times) at 0.5 to 62 M tokens",
         8,
-        (
-            Command(
-                "counts",
-                "bench/ngram_counts.py",
-                args=("--sizes", "0.5", "2", "8", "62", "--repeats", "1", "--tokens", "{shard}"),
-                small_args=(
-                    *("--sizes", "0.02", "--repeats", "1", "--window-tokens", "2000"),
-                    *("--tokens", "{shard}"),
-                ),
-            ),
-        ),
+        (counted("0.5", "2", "8"), counted("62")),  # a GPU counts 62 M in the first, too
         count_figures,
         ("cuda 62,000,000 exact", "cpu 20,000 exact"),
         (START,),
@@ -357,6 +361,7 @@ STAGES = (
                 "long",
                 RUN,
                 FULL
+                | TIMED
                 | {"LOAD_ARTIFACT": START, "EVAL_STRIDE": "1024", "AUDIT": "1"}
                 | {"VAL_TOKENS": str(LONG_TARGETS)},
                 small_env={
@@ -373,7 +378,7 @@ STAGES = (
         ),
         (START,),
         long=True,
-        discards="neural-*.safetensors",
+        discards=PASSES,
     ),
     Stage(
         "f1",

@@ -8,9 +8,8 @@
 FOLDER has *_train_*.bin and *_val_*.bin, as they are or as .bin.xz, and tokenizer.model. A stage
 leaves <letter>.json (status, seconds, commands, figures, device, and the settings that the caller's
 environment had), <letter>.log (all that its commands printed) and <letter>/ (their runs' files) in
---out. One that has finished with this
-train_gpt.py is skipped; one that fails says why in its JSON, and the others still run. Exit status:
-0; 1 if a stage failed; 2 for bad input.
+--out. One that has finished with this train_gpt.py is skipped; one that fails says why in its JSON,
+and the others still run. Exit status: 0; 1 if a stage failed; 2 for bad input.
 """
 
 import argparse

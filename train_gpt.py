@@ -768,12 +768,13 @@ class Run:
         self.log(" ".join(words))
 
     def on_all(self, work: Callable[[], Any]):
-        """This rank's work(); an error on one rank is raised on all, once all have tried."""
-        result, message = None, None
+        """This rank's work(); an error on one rank is raised on all, once all have tried. Work that
+        does so itself must not be nested: its exchanges would meet others'."""
+        result, own, message = None, None, None
         try:
             result = work()
-        except (RunError, OSError) as error:
-            message = str(error)
+        except Exception as error:  # of any kind: the others wait for this rank's word
+            own, message = error, str(error) or type(error).__name__
         messages = [message]
         if self.world_size > 1:
             messages = [None] * self.world_size
@@ -789,11 +790,14 @@ class Run:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
 
-    def over_ranks(self, operation, *values: float) -> list[float]:
-        """Each value's maximum, sum or mean over the ranks (float64, exchanged through the CPU)."""
+    def of_ranks(self, *values: float) -> list[list[float]]:
+        """These values of every rank, a list for each value (float64, through the CPU)."""
         numbers = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(numbers, operation)
-        return numbers.tolist()
+        if own:
+            raise own
+        everyones = numbers.new_empty(self.world_size, len(values))
+        dist.all_gather(list(everyones), numbers)
+        return everyones.T.tolist()
 
     def gather(self, part: Tensor, spans: list[tuple[int, int]]) -> Tensor | None:
         """Every rank's rows (span, ...) end to end, on rank 0's CPU; None on the others."""
@@ -1734,9 +1738,11 @@ class Optimizer:
 # In: an initialized model and shards; out: the averaged weights, in the model. `progress` in [0, 1]
 # is the part of the run that is done, by the clock if there is a cap on it. All schedules follow
 # it: step counts of the settings are parts of `schedule_steps`, so that a short run is a whole one
-# in small. The clock counts steps; compilation and warm-up come before it and leave no trace, and a
-# step starts only if it will end under the cap. SIGTERM or Ctrl-C ends training after the step and
-# the run goes on to export. A checkpoint holds all that the next step depends on.
+# in small. The clock runs from the first step to the last and stands still for validation and for
+# checkpoints; compilation and warm-up come before it and leave no trace. A step starts only if it
+# will end under the cap. After each, ranks wait for their devices once and exchange a few numbers
+# once (`settle`). SIGTERM or Ctrl-C ends training after the step and the run goes on to export. A
+# checkpoint holds all that the next step depends on; what a resumed run lost counts as its time.
 
 MOST_MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's step
 RECENT_STEPS = 20  # whose longest tells how long the next one may take
@@ -1826,6 +1832,11 @@ class WeightAverage:
         self.mass = decay * self.mass + 1
         self.samples += 1
         torch._foreach_lerp_(self.average, self.params, 1 / self.mass)
+TORCHRUN_KILLS = (
+    "; torchrun kills its ranks 30 s after the signal, before the score is there, unless it was "
+    "started with --shutdown-timeout=600"
+)
+CLOCK_SECONDS = 1.0  # between two notes of the training time beside the checkpoint
 
     def apply(self) -> None:
         """Put the average in the model, if there is one."""
@@ -1834,12 +1845,13 @@ class WeightAverage:
 
 
 class Trainer:
-    """Training under a cap on the time of its steps.
+    """Training under a cap on its time.
 
-    steps, elapsed: taken so far, and their time in seconds. last_progress: at the last step.
-    recent: times of the last steps, in seconds. micro_batch: sequences of a forward pass. cap:
-    seconds of training, 0: none. recompiles: graphs compiled after warm-up. stopping: a signal
-    came.
+    steps, elapsed: taken so far, and their time in seconds, on which ranks agree. clock_zero: this
+    rank's time at which the clock would have shown 0. last_progress: at the last step. recent:
+    times of the last steps, in seconds. micro_batch: sequences of a forward pass. cap: seconds of
+    training, 0: none. recompiles: graphs compiled after warm-up. signalled: a signal came to this
+    rank. stopping: to one of the ranks, and all know.
     """
 
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
@@ -1849,7 +1861,7 @@ class Trainer:
         self.steps, self.elapsed, self.last_progress = 0, 0.0, 0.0
         self.last_loss = math.nan
         self.recompiles = 0
-        self.stopping = False
+        self.signalled = self.stopping = False
         self.recent: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
         self.micro_batch = fit_micro_batch(cfg, run.world_size) // cfg.train_seq_len
         self.cap = cfg.max_wallclock_seconds - calibration_seconds(cfg)
@@ -1913,23 +1925,18 @@ class Trainer:
 
     def request_stop(self, number: int, _frame) -> None:
         """Signal handler: stop after this step; the next signal acts as it does by default."""
-        self.stopping = True
+        self.signalled = True
         signal.signal(number, DEFAULT_HANDLERS[number])
 
     def may_continue(self) -> bool:
         """Whether another step starts, the same answer on every rank: it must end under the cap."""
-        longest = max(self.recent, default=0.0)
-        self.elapsed, longest, stopping = self.run.over_ranks(
-            dist.ReduceOp.MAX, self.elapsed, longest, float(self.stopping)
-        )
-        if stopping:
-            self.run.log(f"stop requested: training ends after {self.steps} steps")
-            return False
-        fits = not self.cap or self.elapsed + STEP_MARGIN * longest <= self.cap
-        return fits and self.steps < self.cfg.iterations
+        longest = STEP_MARGIN * max(self.recent, default=0.0)
+        fits = not self.cap or self.elapsed + longest <= self.cap
+        return fits and self.steps < self.cfg.iterations and not self.stopping
 
     def train(self) -> None:
         """The loop; leaves the averaged weights in the model."""
+        self.clock_zero = 0.0
         self.warm_up()
         with stop_signals(self.request_stop):
             self.average = WeightAverage(self.model, self.cfg)
@@ -1939,7 +1946,8 @@ class Trainer:
                 checkpoint = Checkpoint(self)
             while self.may_continue():
                 if checkpoint:
-                    checkpoint.save_if_due()
+                    with self.clock_stopped():
+                        checkpoint.save_if_due()
                 self.take_step()
         self.average.apply()
         self.run.row(
@@ -1958,37 +1966,54 @@ class Trainer:
         """One step at the progress that the clock tells; ranks have agreed on that clock."""
         before, now = self.last_progress, self.progress()
         self.last_progress = now
-        started, graphs = self.run.sync(), compiled_graphs()
+        graphs = compiled_graphs()
         loss = self.gradients()
         self.optimizer.step(self.lr_scale(now), self.momentum(now))
         self.average.update(before, now, self.lr_scale(now))
         self.steps += 1
-        self.recent.append(self.run.sync() - started)
-        self.elapsed += self.recent[-1]
         self.recompiles += compiled_graphs() - graphs
-        self.report(before, now, loss.item())
+        self.settle(loss)
+        self.report(before, now)
 
-    def report(self, before: float, now: float, loss: float) -> None:
-        """Log and validate where due between two times of progress; RunError if the loss is NaN."""
-        (mean_loss,) = self.run.over_ranks(dist.ReduceOp.AVG, loss)
+    def settle(self, loss: Tensor) -> None:
+        """Wait for the device and agree with all ranks on clock, loss () and stop, once a step;
+        RunError if the loss is not finite."""
+        own_loss = loss.item()  # waits for all that was launched before
+        own_time = time.perf_counter() - self.clock_zero
+        times, losses, signals = self.run.of_ranks(own_time, own_loss, self.signalled)
+        mean_loss = float(np.mean(losses))
         if not math.isfinite(mean_loss):
             raise RunError(
                 f"step {self.steps}: the loss is not finite (last finite loss "
                 f"{self.last_loss:.4f}); lower MATRIX_LR, SCALAR_LR or GRAD_CLIP_NORM"
             )
-        self.last_loss = mean_loss
+        self.recent.append(max(times) - self.elapsed)
+        self.elapsed, self.last_loss, self.stopping = max(times), mean_loss, any(signals)
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """The clock stands still."""
+        stopped = time.perf_counter()
+        yield
+        self.clock_zero += self.run.sync() - stopped
+
+    def report(self, before: float, now: float) -> None:
+        """Log and validate where due between two times of progress."""
         cfg = self.cfg
         if self.steps == 1 or self.passed(before, now, cfg.train_log_every):
             step_seconds = self.elapsed / self.steps
             self.log_step(
                 "train",
-                train_loss=mean_loss,
+                train_loss=self.last_loss,
                 lr_scale=self.lr_scale(now),
+        if self.cfg.warmup_steps:
+            warm_calibration(self.model, self.data, self.cfg, self.run)
                 tokens_per_second=round(cfg.train_batch_tokens / step_seconds),
                 step_avg=f"{1000 * step_seconds:.2f}ms",
             )
         if self.passed(before, now, cfg.val_loss_every):
-            self.validate()
+            with self.clock_stopped():
+                self.validate()
 
     def passed(self, before: float, now: float, every: int) -> bool:
         """Whether progress has passed a multiple of so many schedule steps; 0: none."""
@@ -2010,20 +2035,28 @@ class Checkpoint:
     """The checkpoint of a Trainer that is about to start; resumes it if RESUME=1.
 
     A resumed training takes the same steps on the same data as an uninterrupted one, on any number
-    of ranks; without a wall-clock cap it ends with the same bits on as many. Each rank reads the
-    file, so that several machines need a folder in common.
+    of ranks; without a wall-clock cap it ends with the same bits on as many (on a CPU: CUDA's
+    backward passes add in any order). With one, the training time that was lost between the
+    checkpoint and the end of the run before counts: a file beside it, .clock, tells it. Each rank
+    reads the files, so that several machines need a folder in common.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.run = trainer, trainer.run
-        self.base, self.saved_at = "", 0.0  # saved_at: training time in seconds
+        self.base, self.saved_at = self.run.base, 0.0  # saved_at: training time in seconds
+        self.noted_at = 0.0  # likewise, of the last note of the clock
         self.prime_adam()
         cfg = trainer.cfg
         if cfg.resume:  # the log takes a free name, but RUN_ID's checkpoint goes on
+            self.clock_zero = self.run.sync() - self.elapsed
             self.base = f"{cfg.logs_path}/{cfg.run_id}"
             self.run.on_all(self.load)
             self.saved_at = trainer.elapsed
 
+            if self.stopping:
+                under_torchrun = TORCHRUN_KILLS if dist.is_torchelastic_launched() else ""
+                ended = f"stop requested: training ends after {self.steps} steps"
+                self.run.log(ended + under_torchrun)
     def prime_adam(self) -> None:
         """Make AdamW's state, which a first step would make; groups begin with lr 0."""
         optimizer = self.trainer.optimizer
@@ -2035,9 +2068,10 @@ class Checkpoint:
             optimizer.adam.state[p]["step"].zero_()
 
     def save_if_due(self) -> None:
-        """Save after every CHECKPOINT_SECONDS of training time; ranks agree on that time."""
-        every = self.trainer.cfg.checkpoint_seconds
-        if 0 < every <= self.trainer.elapsed - self.saved_at:
+        """Save after every CHECKPOINT_SECONDS of training time, on which ranks agree, and note that
+        time more often."""
+        every, now = self.trainer.cfg.checkpoint_seconds, self.trainer.elapsed
+        if 0 < every <= now - self.saved_at:
             self.save()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -2098,7 +2132,20 @@ class Checkpoint:
         position, average.mass, samples = more
         trainer.steps, trainer.loader.position = int(steps), int(position)
         average.samples = int(samples)
-        self.run.log(f"resumed {path}: {trainer.steps} steps, {trainer.elapsed:.1f} s")
+        lost = self.lost_seconds()
+        trainer.elapsed += lost
+        self.run.log(
+            f"resumed {path}: {trainer.steps} steps, {trainer.elapsed:.1f} s, of which {lost:.1f} "
+            "s were lost after it"
+        )
+
+    def lost_seconds(self) -> float:
+        """Training time that the run before spent after its checkpoint, as far as it was noted."""
+        try:
+            noted = float(Path(f"{self.base}.clock").read_text())
+        except (OSError, ValueError):  # it ended before the first note
+            return 0.0
+        return max(0.0, noted - self.trainer.elapsed)
 
 
 # ==================================================================================================
@@ -2122,6 +2169,10 @@ class Checkpoint:
 
 PER_OCTAVE = 4  # steps, and the coder's spreads, are quarters of an octave apart
 STEP_EXPONENT = 0.25  # steps go with the mean square gradient to the power of minus this
+        if every and self.run.is_main and now >= self.noted_at + CLOCK_SECONDS:
+            with contextlib.suppress(RunError):  # the next note may succeed
+                write_atomic(Path(f"{self.base}.clock"), str(now).encode())
+            self.noted_at = now
 FINEST_LOG_STEP = -64.0  # log2 of a multiple of all steps, finer than any use,
 COARSEST_LOG_STEP = 64.0  # and one that is coarser
 EXPORT_TRIALS = 12  # multiples tried after it; each is a whole export
@@ -2200,20 +2251,32 @@ def training_sequences(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(inputs, targets, strict=True)
 
 
-def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensitivity]:
-    """Sensitivities by name, from training sequences of every rank, as many as half of
-    calibration_seconds allows; {} if GPTQ_SECONDS is 0."""
-    if not cfg.gptq_seconds:
-        return {}
+class Observation(NamedTuple):
+    """What training sequences show of the coded tensors, by name, summed over them."""
+
+    rows: dict[str, Tensor]  # (M,rows) mean squares of the gradient
+    cols: dict[str, Tensor]  # (M,cols)
+    grams: dict[str, Tensor]  # (M,cols,cols) x^T x of inputs x; tensors that are multiplied only
+    sequences: int
+
+    def tensors(self) -> list[Tensor]:
+        """All sums."""
+        return [t for sums in self[:3] for t in sums.values()]
+
+
+def observe(
+    model: GPT, data: Data, cfg: Config, run: Run, seconds: float, sequences: int
+) -> Observation:
+    """Gradients and inputs on this rank's training sequences: at least one, at most so many, and
+    none that starts after so many seconds."""
     started, used = run.sync(), 0
-    limit = calibration_seconds(cfg) / 2 or math.inf
     params = {n: p for n, p in model.named_parameters() if is_coded(n)}
     rows = {n: p.new_zeros(matrices(p).shape[:2]) for n, p in params.items()}
     cols = {n: p.new_zeros(matrices(p).mT.shape[:2]) for n, p in params.items()}
     w, model.grams = model.weights(), {}
-    sequences = training_sequences(TrainLoader(data.train, cfg, run))
-    for x, y in itertools.islice(sequences, CALIBRATION_SEQUENCES):
-        if used and run.sync() - started >= limit:
+    stream = training_sequences(TrainLoader(data.train, cfg, run))
+    for x, y in itertools.islice(stream, sequences):
+        if used and run.sync() - started >= seconds:
             break
         model.cross_entropy(model.trunk(w, x, x.size(1)), w, y).backward()
         used += 1
@@ -2223,16 +2286,43 @@ def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensit
             cols[name] += square.mean(1)
         for p in model.parameters():
             p.grad = None
-    grams, model.grams = model.grams, None
-    for total in [*rows.values(), *cols.values(), *grams.values()]:
-        dist.all_reduce(total)
-    senses = {}
+    seen, model.grams = model.grams, None
+    grams = {}
     for name, p in params.items():
-        own = [grams[name, i] for i in range(len(matrices(p))) if (name, i) in grams]
-        factor = gptq_factor(torch.stack(own)) if own else None
-        senses[name] = Sensitivity(rows[name], cols[name], factor)
-    (used,) = run.over_ranks(dist.ReduceOp.SUM, used)
-    run.row("calibration", sequences=int(used), seconds=run.sync() - started)
+        own = [seen[name, i] for i in range(len(matrices(p))) if (name, i) in seen]
+        if own:
+            grams[name] = torch.stack(own)
+    return Observation(rows, cols, grams, used)
+
+
+def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensitivity]:
+    """Sensitivities by name on rank 0, {} on the others or if GPTQ_SECONDS is 0: half of
+    calibration_seconds goes to sequences, on every rank. A tensor for whose factor the rest does
+    not suffice is rounded without GPTQ."""
+    if not cfg.gptq_seconds:
+        return {}
+    started, limit = run.sync(), calibration_seconds(cfg) or math.inf
+    seen = observe(model, data, cfg, run, limit / 2, CALIBRATION_SEQUENCES)
+    for total in seen.tensors():
+        dist.all_reduce(total)
+    (used,) = run.of_ranks(seen.sequences)
+    senses: dict[str, Sensitivity] = {}
+    if not run.is_main:
+        return senses
+    longest, factors = 0.0, 0
+    for name in seen.rows:
+        before, factor = run.sync(), None
+        if name in seen.grams and before - started + longest < limit:
+            factor = gptq_factor(seen.grams[name])
+            factors += 1
+        senses[name] = Sensitivity(seen.rows[name], seen.cols[name], factor)
+        longest = max(longest, run.sync() - before)
+    run.row(
+        "calibration",
+        sequences=int(sum(used)),
+        factors=f"{factors}/{len(seen.grams)}",
+        seconds=run.sync() - started,
+    )
     return senses
 
 
@@ -2319,6 +2409,15 @@ def quantize(
 
 
 def expected_log_step(
+def warm_calibration(model: GPT, data: Data, cfg: Config, run: Run) -> None:
+    """Pay for what the first calibration has to load: kernels, solvers of each matrix size."""
+    if not cfg.gptq_seconds:
+        return
+    seen = observe(model, data, cfg, run, 0.0, 1)
+    for gram in {gram.size(-1): gram[:1] for gram in seen.grams.values()}.values():
+        gptq_factor(gram)
+
+
     cubes: dict[str, Tensor], senses: dict[str, Sensitivity], budget_bytes: int
 ) -> tuple[float, int]:
     """(log2 of the multiple of all steps that should fill the budget, number of nonzero weights).

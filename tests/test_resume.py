@@ -231,21 +231,48 @@ def test_two_nodes_give_the_same_score(workplace, trained, tmp_path):
     assert outs[0][0].strip().splitlines()[-1] == trained.final and outs[1][0] == ""
 
 
-def test_a_dead_rank_ends_the_others_with_its_name(workplace, tmp_path):
-    """Two nodes: the launcher of the one cannot know that a rank of the other is dead."""
+def two_training_nodes(workplace, tmp_path, **variables):
+    """Two nodes of a rank each in the midst of a training without end."""
     folder, env = workplace
-    nodes = two_nodes(
-        folder,
-        env,
-        1,
-        free_port(),
-        LOGS_PATH=str(tmp_path),
-        ITERATIONS="1000000",
-        TRAIN_LOG_EVERY="1",
-    )
-    for line in iter(nodes[0].stdout.readline, ""):
+    endless = dict(LOGS_PATH=str(tmp_path), ITERATIONS="1000000", TRAIN_LOG_EVERY="1")
+    nodes = two_nodes(folder, env, 1, free_port(), **endless | variables)
+    wait_for_a_step(nodes[0])
+    return nodes
+
+
+def wait_for_a_step(process):
+    """Read a run's output until it has trained a step."""
+    for line in iter(process.stdout.readline, ""):
         if line.startswith("step:"):
             break
+
+
+def test_two_ranks_that_torchrun_stops_reach_the_score(workplace, tmp_path):
+    """torchrun passes the signal on and waits; itself it ends with an error for any signal."""
+    folder, env = workplace
+    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | env
+    env |= dict(LOGS_PATH=str(tmp_path), ITERATIONS="1000000", TRAIN_LOG_EVERY="1", AUDIT="strict")
+    rank = f'trap "" TERM; {sys.executable} {ROOT}/train_gpt.py; echo $? > {tmp_path}/status.$RANK'
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*launch, "--shutdown-timeout=600", "--no-python", "bash", "-c", rank],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for_a_step(process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=200)
+    assert out.strip().splitlines()[-1].startswith("final "), out[-2000:]
+    assert "--shutdown-timeout=600" in out and out.count("PASS") >= 5
+    assert [(tmp_path / f"status.{r}").read_text() for r in (0, 1)] == ["0\n", "0\n"]
+
+
+def test_a_dead_rank_ends_the_others_with_its_name(workplace, tmp_path):
+    """Two nodes: the launcher of the one cannot know that a rank of the other is dead."""
+    nodes = two_training_nodes(workplace, tmp_path)
     dead = ranks(nodes[1])[0]
     began = time.monotonic()
     os.kill(dead, signal.SIGKILL)
@@ -257,20 +284,7 @@ def test_a_dead_rank_ends_the_others_with_its_name(workplace, tmp_path):
 
 
 def test_a_rank_that_hangs_is_named_after_the_timeout(workplace, tmp_path):
-    folder, env = workplace
-    nodes = two_nodes(
-        folder,
-        env,
-        1,
-        free_port(),
-        LOGS_PATH=str(tmp_path),
-        ITERATIONS="1000000",
-        TRAIN_LOG_EVERY="1",
-        DIST_TIMEOUT_SECONDS="5",
-    )
-    for line in iter(nodes[0].stdout.readline, ""):
-        if line.startswith("step:"):
-            break
+    nodes = two_training_nodes(workplace, tmp_path, DIST_TIMEOUT_SECONDS="5")
     hung = ranks(nodes[1])[0]
     os.kill(hung, signal.SIGSTOP)
     out, err = nodes[0].communicate(timeout=120)
@@ -304,3 +318,71 @@ def test_out_of_memory_divides_the_micro_batch(data, tiny_model, monkeypatch):
     assert made.micro_batch == 6 and run.record["warmup"][-1]["micro_batch_tokens"] == 6 * 64
     with pytest.raises(torch.OutOfMemoryError):
         trainer(micro_batch_tokens=24 * 64).warm_up()
+
+
+def test_the_clock_stands_still_for_validation_and_for_nothing_else(data, monkeypatch):
+    """From the first step to the last; one exchange a step, and no other wait for the device."""
+    cfg, run, corpus = data
+    cfg = golf.replace(
+        cfg, iterations=3, warmup_steps=1, schedule_steps=3, train_log_every=1, val_loss_every=1
+    )
+    trainer = golf.Trainer(golf.build_model(cfg, run), corpus, cfg, run)
+    log_step, exchanges, validations = trainer.log_step, [], []
+
+    def slow_validation():
+        validations.append(trainer.steps)
+        time.sleep(0.7)
+
+    monkeypatch.setattr(trainer, "validate", slow_validation)
+
+    def slow_log(*args, **values):
+        time.sleep(0.2)
+        log_step(*args, **values)
+
+    monkeypatch.setattr(trainer, "log_step", slow_log)
+    monkeypatch.setattr(run, "of_ranks", lambda *values: exchanges.append(values) or [*zip(values)])
+    trainer.warm_up()
+    exchanges.clear()
+    monkeypatch.setattr(trainer, "warm_up", lambda: None)
+    began = time.perf_counter()
+    trainer.train()
+    total = time.perf_counter() - began
+    assert trainer.steps == 3 == len(exchanges)
+    assert validations == [2, 3]
+    assert 0.4 <= trainer.elapsed <= total - 2 * 0.7 - 0.2  # the last line is after the last step
+    assert run.record["trained"][-1]["train_seconds"] == round(trainer.elapsed, 3)
+
+
+def test_a_resumed_run_counts_the_time_that_was_lost(job, tmp_path):
+    killed_after(job, 3, tmp_path)
+    (tmp_path / f"{NAME}.clock").write_text("100.25")
+    done = job(
+        RESUME="1",
+        ITERATIONS="12",
+        NGRAM_ENABLED="0",
+        TRAIN_LOG_EVERY="1",
+        LOGS_PATH=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^resumed .* steps, 100\.2 s, of which (99|100)\.\d s were lost", done.stdout, re.M
+    )
+    assert float(re.search(r"train_seconds:(\S+)", done.stdout)[1]) > 100.25
+
+
+def test_a_killed_run_has_noted_its_clock(job, tmp_path):
+    """Beside the checkpoint, about every second."""
+    process = job(
+        wait=False,
+        ITERATIONS="1000000",
+        CHECKPOINT_SECONDS="1000",
+        LOGS_PATH=str(tmp_path),
+    )
+    path = tmp_path / f"{NAME}.clock"
+    for _ in range(200):
+        if path.exists():
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)
+    assert 1.0 <= float(path.read_text()) < 60

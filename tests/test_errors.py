@@ -109,10 +109,12 @@ def test_a_batch_that_ranks_cannot_share():
 
 
 @pytest.mark.parametrize("back_end", ["flash2", "flash3"])
-def test_attention_that_is_not_there(back_end):
+def test_attention_that_is_not_there(run, back_end):
     with pytest.raises(golf.RunError, match=f"ATTENTION={back_end}"):
         cfg = golf.replace(golf.Config(), attention=back_end)
-        golf.choose_attention(cfg, golf.torch.device("cpu"))
+        other = run.alone()
+        other.attention = None
+        golf.choose_attention(cfg, other)
 
 
 # The same through the command line.

@@ -1,6 +1,8 @@
-"""The network: causality, the last k positions, options, QAT, averaging."""
+"""The network: causality, the last k positions, options, attention back ends, averaging."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -153,3 +155,67 @@ def test_no_weights_at_all_do_not_fit(data):
     cfg, run, _ = data
     with pytest.raises(golf.RunError, match="do not fit"):
         golf.build_model(cfg, run, {})
+
+
+def broken(q, k, v, causal):
+    raise RuntimeError("no kernel image is available")
+
+
+def with_statistics(q, k, v, causal):
+    return golf.sdpa_attention(q, k, v), k
+
+
+def aligned_at_the_start(q, k, v, causal):
+    """Older packages': the first query is at the first position."""
+    return golf.sdpa_attention(q, k[:, : q.size(1)], v[:, : q.size(1)])
+
+
+def other_heads(q, k, v, causal):
+    return golf.sdpa_attention(q, k, v).flatten(2)
+
+
+@pytest.mark.parametrize("installed", [broken, with_statistics, aligned_at_the_start, other_heads])
+def test_no_installed_package_can_end_an_auto_run(data, monkeypatch, capsys, installed):
+    """What does not attend as SDPA does is left, with a line that says why."""
+    cfg, run, _ = data
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = installed
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(golf.ATTENTION_ORDER, "cpu", ("flash3", "flash2", "sdpa"))
+    monkeypatch.setattr(run, "attention", None)
+    capsys.readouterr()
+    name, function = golf.choose_attention(cfg, run)
+    assert name == "sdpa" and function is golf.sdpa_attention
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("attention flash3: not used here (ModuleNotFoundError")
+    assert lines[1].startswith("attention flash2: not used here (")
+    monkeypatch.setattr(run, "attention", None)
+    with pytest.raises(golf.RunError, match="ATTENTION=flash2"):
+        golf.choose_attention(golf.replace(cfg, attention="flash2"), run)
+
+
+def test_an_installed_package_that_works_is_taken(data, monkeypatch):
+    cfg, run, _ = data
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = lambda q, k, v, causal: golf.sdpa_attention(q, k, v)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(golf.ATTENTION_ORDER, "cpu", ("flash3", "flash2", "sdpa"))
+    monkeypatch.setattr(run, "attention", None)
+    assert golf.choose_attention(cfg, run) == ("flash2", package.flash_attn_func)
+
+
+def test_compute_sets_the_arithmetic_everywhere(data):
+    """COMPUTE=bfloat16 on a CPU casts as CUDA does; parameters and logits stay float32."""
+    cfg, run, corpus = data
+    half = golf.replace(cfg, compute="bfloat16")
+    model, exact = golf.build_model(half, run), golf.build_model(cfg, run)
+    assert {w.dtype for w in model.weights().values()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {bank.dtype for bank in golf.Optimizer(model, half, run).banks} == {torch.bfloat16}
+    tokens = corpus.val[None, :64]
+    a, b = model.logits(tokens), exact.logits(tokens)
+    assert a.dtype == torch.float32 and not torch.equal(a, b) and torch.allclose(a, b, atol=0.05)
+    for name, dtype in (("auto", torch.float32), ("float32", torch.float32)):
+        own = golf.compute_dtype(golf.replace(cfg, compute=name), torch.device("cpu"))
+        assert own == dtype
+    assert golf.compute_dtype(cfg, torch.device("cuda")) == torch.bfloat16

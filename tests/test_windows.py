@@ -7,11 +7,23 @@ from hypothesis import strategies as st
 import train_gpt as golf
 
 
+def grid_of(num_targets, seq_len, stride, batch=8, world=1):
+    """A grid of these sizes."""
+    cfg = golf.replace(golf.Config(), eval_seq_len=seq_len, eval_batch_windows=batch)
+    return golf.Grid(num_targets, cfg, stride, world)
+
+
+def windows(grid):
+    """[(start, first_scored, end)] of every window."""
+    return grid.spans_of(torch.arange(grid.count)).tolist()
+
+
 @given(st.integers(1, 400), st.integers(1, 50), st.data())
 def test_windows_tile_the_targets(num_targets, seq_len, more):
     stride = more.draw(st.integers(1, seq_len))
-    scored = 0
-    for start, first, end in golf.windows(num_targets, seq_len, stride):
+    scored, grid = 0, grid_of(num_targets, seq_len, stride)
+    for number, (start, first, end) in enumerate(windows(grid)):
+        assert {grid.window_of(target) for target in range(first, end)} == {number}
         assert first == scored and first < end <= num_targets
         assert end - start == min(seq_len, num_targets) and start >= 0
         assert first == 0 or first - start >= seq_len - stride
@@ -21,19 +33,18 @@ def test_windows_tile_the_targets(num_targets, seq_len, more):
 
 
 def test_the_challenge_has_969057_windows():
-    assert sum(1 for _ in golf.windows(62_021_632, 2048, 64)) == 969_057
+    assert grid_of(62_021_632, 2048, 64).count == 969_057
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 12))
 def test_ranks_share_all_batches_and_spans_tile(count, stride, batch, world):
-    cfg = golf.replace(golf.Config(), eval_seq_len=10, eval_batch_windows=batch)
     num_targets = 10 * count
-    grid = golf.Grid(num_targets, cfg, stride, world)
+    grid = grid_of(num_targets, 10, stride, batch, world)
     shared = [b for batches in grid.batches for b in batches]
     assert shared == list(range(len(shared)))
     position = 0
     for batches, (start, end) in zip(grid.batches, grid.spans, strict=True):
-        rows = [grid.rows(b) for b in batches]
+        rows = [grid.spans_of(grid.numbers(b)) for b in batches]
         scored = torch.cat(rows) if rows else torch.empty(0, 3, dtype=torch.int64)
         spans = [(int(a), int(b)) for _, a, b in scored if b > a]
         assert start == position and end == (spans[-1][1] if spans else start)
@@ -41,7 +52,25 @@ def test_ranks_share_all_batches_and_spans_tile(count, stride, batch, world):
             assert a == position
             position = b
     assert position == num_targets
-    assert all(len(grid.rows(b)) == batch for batches in grid.batches for b in batches if b)
+    assert all(len(grid.numbers(b)) == batch for batches in grid.batches for b in batches if b)
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_sheets_hold_any_windows_in_their_own_rows(count, stride, batch, more):
+    """So that a window's results are those of the pass, whatever it is computed with."""
+    grid = grid_of(10 * count, 10, stride, batch)
+    wanted = set(more.draw(st.lists(st.integers(0, grid.count - 1), max_size=40)))
+    found = []
+    for sheet in grid.sheets(wanted):
+        assert sheet.tolist() == [0] or len(sheet) == batch
+        for row, number in enumerate(sheet.tolist()):
+            if number >= grid.count:
+                assert not grid.places(sheet)[2][row].any()
+                continue
+            own = next(b for b in range(grid.count_batches) if number in grid.numbers(b))
+            assert grid.numbers(own)[row] == number
+            found.append(number)
+    assert sorted(found) == sorted(wanted)
 
 
 def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
@@ -51,7 +80,7 @@ def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
     hints = torch.randint(0, cfg.vocab_size, (len(corpus.val) - 1,))
     got = neural.columns(hints)
     with torch.no_grad():
-        for start, first, end in list(golf.windows(len(corpus.val) - 1, 64, 16))[:40:7]:
+        for start, first, end in windows(neural.grid)[:40:7]:
             logp = model.logits(corpus.val[None, start:end]).double().log_softmax(-1)[0]
             logp = logp[first - start :]
             targets = corpus.val[first + 1 : end + 1, None]
@@ -78,8 +107,9 @@ def test_the_distribution_at_a_target_is_the_one_that_was_scored(data, tiny_mode
     _, model = tiny_model()
     neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
     columns = golf.NeuralColumns(*neural.columns().unbind(1))
-    for target in (0, 1, 63, 64, 79, 80, 1000, len(corpus.val) - 2):
-        logp = neural.distribution(target)
+    found = neural.distributions([0, 1, 63, 64, 79, 80, 1000, len(corpus.val) - 2])
+    assert len(found) == 8
+    for target, logp in found.items():
         assert abs(float(logp.exp().sum()) - 1) < 1e-12
         assert abs(float(logp[corpus.val[target + 1]] - columns.logp[target])) < 1e-5
         assert abs(float(-(logp.exp() * logp).sum() - columns.entropy[target])) < 1e-5

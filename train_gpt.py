@@ -4,7 +4,8 @@
 
     python train_gpt.py                                       a laptop, no data needed: minutes
     TEXT_FILES='notes/**/*.md' python train_gpt.py            the same on your own text
-    torchrun --standalone --nproc_per_node=8 train_gpt.py     the challenge: 8 GPUs, FineWeb shards
+    torchrun --standalone --nproc_per_node=8 --shutdown-timeout=600 train_gpt.py
+                                                              the challenge: 8 GPUs, FineWeb shards
     RECIPE=pr1094 python train_gpt.py                         one of the four public submissions
     LOAD_ARTIFACT=logs/x.int6.ptz python train_gpt.py         evaluation alone
     python train_gpt.py --help                                every variable and recipe
@@ -61,6 +62,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1662,7 +1664,7 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = str(error).splitlines()[-1].strip()
             raise RunError(f"these weights do not fit: {reason}") from None
     else:
         model.initialize(cfg.seed)
@@ -2599,6 +2601,7 @@ MAGIC = b"GOLFINT6"
 VERSION = 2
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, digest
 LZMA_MEMORY_BYTES = 1 << 30  # most that unpacking may take; its largest window is 2^30 - 1
+MOST_PARAMETERS = 1 << 30  # of an artifact; no header makes reading it take more memory than that
 SPREAD_LIMIT = 63  # of logarithms of a row's or column's spread: their sum fits into int8
 SPREAD_ROUNDS = 3  # alternating means of rows and columns settle at once
 LEAST_STD, MOST_STD = 0.1, 1e4  # of the Gaussians: all codes 0, all codes alike
@@ -2853,7 +2856,9 @@ def read_header(text: bytes, payload_bytes: int, cfg: Config) -> tuple[Config, d
         cfg = header_config(header, cfg)
         size = header["section_bytes"]
         fits = type(size) is int and 0 <= size <= payload_bytes and bool(header["vocabulary"])
-        fits = fits and header["tensors"] == [list(entry) for entry in tensor_table(cfg)]
+        table = tensor_table(cfg)
+        fits = fits and sum(math.prod(entry.shape) for entry in table) <= MOST_PARAMETERS
+        fits = fits and header["tensors"] == [list(entry) for entry in table]
     except (ValueError, KeyError, TypeError, AttributeError, RunError, RuntimeError, OverflowError):
         fits = False
     if not fits:
@@ -4601,8 +4606,8 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
 # 18. Main
 # ==================================================================================================
 #
-# Exit status: 0; 2 for an error, or a file that could not be written; 3 where AUDIT=strict and a
-# check failed.
+# Exit status: 0; 1 for a fault of this program, with its traceback; 2 for any other error, or a
+# file that could not be written; 3 where AUDIT=strict and a check failed.
 
 
 def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
@@ -4688,6 +4693,10 @@ def explain(error: Exception, run: Run | None) -> str | None:
         if found:
             line, is_speaker = found
             return line if is_speaker else ""
+    if isinstance(error, (KeyboardInterrupt, MemoryError)):
+        kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
+        saved = ", ".join(run.saved) if run and run.saved else "nothing"
+        return f"{kind} during {run.stage if run else 'start'}; saved so far: {saved}"
     if isinstance(error, (RunError, OSError)):
         return str(error) if os.environ.get("RANK", "0") == "0" else ""
     return None
@@ -4711,13 +4720,13 @@ def main() -> int:
         status = run_all(cfg, notes, run)
         dist.destroy_process_group()
         return status
-    except (RunError, OSError, RuntimeError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         line = explain(error, run)
         if line is None or BOOLEANS.get(os.environ.get("DEBUG", "").lower()):
-            raise
-        if line:
+            traceback.print_exc()
+        elif line:
             print(f"error: {line}", file=sys.stderr, flush=True)
-        return 2
+        return 1 if line is None else 2
 
 
 if __name__ == "__main__":

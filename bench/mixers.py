@@ -4,9 +4,10 @@
     python bench/mixers.py --noise 1000000       cost where n-grams carry nothing
     LOAD_ARTIFACT=x.int6.ptz python bench/mixers.py --masses 1000    sums over the vocabulary
 
-Constants were tuned on the first half of a stream; the second half is the report. Every evaluation
-saves its neural pass (save_neural_pass). A pass knows of each target one hint, the longest
-context's, up to MIXER_MAX_ORDER: a table of shorter orders needs a pass made with that variable.
+Constants were tuned on the first half of a stream; the second half is the report. Evaluations with
+SAVE_PASS=1 keep their neural pass (save_neural_pass). A pass knows of each target one hint, the
+longest context's, up to MIXER_MAX_ORDER: a table of shorter orders needs a pass made with that
+variable.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def load(path):
     """(tokens (N+1,), byte_counts (N,), NeuralColumns) of a saved pass."""
     saved = golf.read_tensors(path)
     neural = golf.NeuralColumns(*saved["columns"].unbind(1))
-    return saved["tokens"], saved["byte_counts"].double(), neural
+    return saved["tokens"].long(), saved["byte_counts"].double(), neural
 
 
 def inputs(tokens, neural, max_order=12, near=256, documents=DOCUMENT_ORDERS):

@@ -36,7 +36,8 @@ class PlainPass:
 
     def __init__(self, model, stream, hints, cfg, run):
         self.model, self.stream, self.hints, self.cfg = model, stream, hints, cfg
-        self.windows = list(golf.windows(len(stream) - 1, cfg.eval_seq_len, cfg.eval_stride))
+        grid = golf.Grid(len(stream) - 1, cfg, cfg.eval_stride, 1)
+        self.windows = grid.spans_of(torch.arange(grid.count)).tolist()
         self.logits, self.run = golf.compiled(model.logits, cfg, run), run
 
     @torch.no_grad()

@@ -268,7 +268,8 @@ def main():
             return
         senses = methods(judge, args.bits)
         found = run.record["artifact"][-1]["log2_step"]
-        coders(golf.quantize(judge.weights, cfg, senses, found), cfg)
+        weights = dict(judge.load(judge.weights).named_parameters())  # where the senses are
+        coders(golf.quantize(weights, cfg, senses, found), cfg)
     golf.dist.destroy_process_group()
 
 

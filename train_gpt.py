@@ -1999,11 +1999,11 @@ class Trainer:
                 continue
             optimizer.step(1.0, self.cfg.muon_momentum)
             steps -= 1
-        if self.cfg.warmup_steps:
-            warm_calibration(self.model, self.data, self.cfg, self.run)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), saved)
         self.loader.position = position
+        if self.cfg.warmup_steps:
+            warm_calibration(self.model, self.data, self.cfg, self.run)
         self.run.row(
             "warmup",
             steps=self.cfg.warmup_steps,
@@ -3837,10 +3837,11 @@ class Evaluation:
         hints = None
         if cfg.ngram_enabled:
             hints = stream_columns(self.neural.tokens, spans[run.rank], cfg).hint
-        out = run.gather(self.neural.columns(hints, progress=True), spans)
+        out = self.neural.columns(hints, progress=True)
+        columns = [run.gather(column.contiguous(), spans) for column in out.unbind(1)]
         self.times = run.gather(self.neural.times, spans)
         if run.is_main:
-            self.columns = NeuralColumns(*out.unbind(1))
+            self.columns = NeuralColumns(*columns)
             self.pass_seconds = run.sync() - started
 
     def mix_inputs(self, end: int) -> MixInputs:
@@ -3879,8 +3880,10 @@ class Evaluation:
         part = BackoffColumns(*(run.gather(column, spans) for column in part))
         if not run.is_main:
             return None
+        part = BackoffColumns(*(column.to(run.device) for column in part))
         self.matched[scoring] = {"count": part.order.long().bincount().tolist()}
-        return backoff_logp(self.columns.logp, self.columns.entropy, part, cfg)
+        logp, entropy = (x.to(run.device) for x in (self.columns.logp, self.columns.entropy))
+        return backoff_logp(logp, entropy, part, cfg).cpu()
 
     def score(self, scoring: str, started: float) -> None:
         """Mix, and keep the row with its seconds since `started`; all ranks take part."""
@@ -4008,7 +4011,7 @@ def load_neural_pass(evaluation: Evaluation) -> bool:
     fits = all(name in saved and saved[name].shape == shape for name, shape in shapes.items())
     if not fits or "seconds" not in saved:
         raise RunError(f"{path}: not the neural pass that its name says; delete it")
-    evaluation.columns = NeuralColumns(*saved["columns"].unbind(1))
+    evaluation.columns = NeuralColumns(*(c.contiguous() for c in saved["columns"].unbind(1)))
     evaluation.times = saved["times"]
     evaluation.earlier_seconds = float(saved["seconds"])
     evaluation.run.log(f"neural pass: {path}, made in {evaluation.earlier_seconds:.1f} s")

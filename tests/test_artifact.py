@@ -460,3 +460,43 @@ def test_bytes_after_the_codes_are_refused(blob):
     header, section, words = opened(blob)
     with pytest.raises(golf.RunError, match="^artifact: "):
         golf.unpack(sealed(header, section, words + b"more"), golf.Config(), VOCABULARY)
+
+
+def test_a_header_of_a_monster_is_refused_before_memory_is_taken(data):
+    """Consistent in itself, 155 billion parameters in a file of a few kB."""
+    cfg = golf.replace(data[0], model_dim=65536, num_heads=64, num_layers=11, rope_dims=64)
+    header = {
+        "architecture": {name: getattr(cfg, name) for name in golf.ARCHITECTURE},
+        "vocabulary": "x",
+        "compressor": cfg.compressor,
+        "tensors": golf.tensor_table(cfg),
+        "section_bytes": 0,
+    }
+    cells = sum(math.prod(entry.shape) for entry in header["tensors"])
+    assert cells > golf.MOST_PARAMETERS
+    with pytest.raises(golf.RunError, match="its header describes none"):
+        golf.read_header(json.dumps(header).encode(), 0, data[0])
+    small = golf.replace(cfg, model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=4)
+    header["architecture"] = {name: getattr(small, name) for name in golf.ARCHITECTURE}
+    header["tensors"] = golf.tensor_table(small)
+    assert golf.read_header(json.dumps(header).encode(), 0, data[0])[0].model_dim == 64
+
+
+def test_a_calibration_out_of_time_leaves_gptq_out(data, tiny_model, monkeypatch):
+    """The time kept for it is never exceeded by more than the longest factor so far."""
+    cfg, run, corpus = data
+    _, model = tiny_model()
+    capped = golf.replace(cfg, max_wallclock_seconds=1.0)
+    factor = golf.gptq_factor
+
+    def slow(gram):
+        golf.time.sleep(0.1)
+        return factor(gram)
+
+    monkeypatch.setattr(golf, "gptq_factor", slow)
+    senses = golf.calibrate(model, corpus, capped, run)
+    made = [name for name, sense in senses.items() if sense.factor is not None]
+    assert len(made) < 4 and run.record["calibration"][-1]["factors"] == f"{len(made)}/7"
+    senses = golf.calibrate(model, corpus, cfg, run)  # no cap, no limit
+    assert run.record["calibration"][-1]["factors"] == "7/7"
+    assert len(golf.export(model, senses, corpus, cfg, run)) > 0

@@ -272,7 +272,8 @@ def test_a_saved_pass_gives_the_same_bits_and_only_its_own(job, artifact, tmp_pa
     assert f"neural pass: {path}, made in" in again.stdout and "eval [" not in again.stdout
     other = job(RESUME_EVAL="1", RECIPE="pr1094", **more)  # another mixer of the same pass
     assert "eval [" not in other.stdout and "scoring:backoff_hashed" in other.final
-    for change in (dict(EVAL_STRIDE="32"), dict(VAL_TOKENS="512"), dict(EVAL_BATCH_WINDOWS="4")):
+    changes = [dict(EVAL_STRIDE="32"), dict(VAL_TOKENS="512"), dict(EVAL_BATCH_WINDOWS="4")]
+    for change in [*changes, dict(COMPUTE="bfloat16")]:
         done = job(RESUME_EVAL="1", **more | change)
         assert done.returncode == 0 and "so it is made now" in done.stdout, change
     path.write_bytes(path.read_bytes()[:1000])

@@ -175,10 +175,11 @@ def test_the_score_is_the_distribution_at_the_target(data, tiny_model):
     evaluation = golf.Evaluation(model, corpus, cfg, run)
     evaluation.neural_pass()
     neural = evaluation.neural
+    networks = neural.distributions([0, 5, 64, 1000, 4095])
     for scoring, rule in evaluation.rules.items():
         counted = rule.counted(neural.tokens, (neural.start, neural.end), cfg)
         part = golf.backoff_columns(counted, rule.match, cfg)
         scored = golf.backoff_logp(evaluation.columns.logp, evaluation.columns.entropy, part, cfg)
-        for target in (0, 5, 64, 1000, 4095):
-            logp, _ = evaluation.distribution(scoring, target, neural.distribution(target))
+        for target, network in networks.items():
+            logp, _ = evaluation.distribution(scoring, target, network)
             assert abs(float(logp[corpus.val[target + 1]] - scored[target])) < 1e-4

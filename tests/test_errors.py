@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 
 import train_gpt as golf
 from conftest import ROOT, TINY
@@ -234,7 +236,7 @@ def test_out_of_memory_names_the_stage_and_what_was_saved(workplace, tmp_path, w
         cwd=workplace[0],
         text=True,
         capture_output=True,
-        env=env | dict(LOGS_PATH=str(tmp_path), MICRO_BATCH_TOKENS="1536"),
+        env=env | dict(LOGS_PATH=str(tmp_path), MICRO_BATCH_TOKENS="1536", SAVE_PASS="1"),
     )
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith(f"error: out of device memory during {stage}: ")
@@ -310,3 +312,56 @@ def test_a_lone_file_does_everything(text_folder, tmp_path):
     assert "RECIPE=pr1094" in run("--help").stdout
     misspelled = run(MODEL_DIMM="32")
     assert misspelled.returncode == 2 and "did you mean MODEL_DIM?" in misspelled.stderr
+
+
+def test_any_error_of_one_rank_reaches_all(run, monkeypatch):
+    """The own error stays what it is; another rank's arrives as a line."""
+    two = run.alone()
+    two.world_size = 2
+    said = []
+
+    def exchange(messages, own):
+        said.append(own)
+        messages[:] = [own, "the other is out of memory" if own is None else None]
+
+    monkeypatch.setattr(golf.dist, "all_gather_object", exchange)
+    with pytest.raises(golf.RunError, match="the other is out of memory"):
+        two.on_all(lambda: 5)
+    with pytest.raises(ZeroDivisionError):
+        two.on_all(lambda: 1 / 0)
+    assert said == [None, "division by zero"]
+
+
+def test_a_start_is_sent_to_every_rank(data, monkeypatch):
+    """Two CPU models may round the initialization otherwise."""
+    cfg, run, _ = data
+    sent = []
+    monkeypatch.setattr(golf.dist, "broadcast", lambda tensor, src: sent.append((tensor, src)))
+    model = golf.build_model(cfg, run)
+    assert {src for _, src in sent} == {0}
+    assert {t.data_ptr() for t, _ in sent} == {p.data_ptr() for p in model.parameters()}
+
+
+def test_ctrl_c_outside_of_training_is_one_line(job, trained):
+    artifact = trained.logs / "golf-demo-1337.int6.ptz"
+    process = job(wait=False, LOAD_ARTIFACT=str(artifact), VAL_TOKENS="0")
+    for line in iter(process.stdout.readline, ""):
+        if line.startswith("eval ["):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("error: interrupted during evaluation; saved so far: nothing")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_tokenizer_whose_documents_begin_otherwise(tmp_path):
+    """BOS counts in documents, bytes and shards; another number would break them in silence."""
+    text = (f"line {i} of a text of many words and some numbers {i * i}" for i in range(400))
+    options = golf.TOKENIZER_OPTIONS | dict(bos_id=2, eos_id=1)
+    with open(tmp_path / "other.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=text, model_writer=file, vocab_size=300, **options
+        )
+    with pytest.raises(golf.RunError, match="its BOS is 2, the challenge's shards have 1"):
+        golf.load_tokenizer(str(tmp_path / "other.model"), 300)

@@ -3682,23 +3682,32 @@ class CalibratedMixer:
         shares = shares.masked_fill(~has_hint, 0)
         return torch.where(has_hint, logp, x.logp), cells, shares
 
+    def lambdas(self) -> Tensor:
+        """float64 (cells,), of the level table; 0 for new contexts. They are fewer than what a
+        chunk looks up."""
+        a, b = LEVEL_PRIOR
+        explained, reached = self.explained.double() / ONE, self.reached.double() / ONE
+        lambdas = (a + explained) / (a + b + reached)
+        lambdas.view(-1, LEVEL_KEYS)[:, 0] = 0.0
+        return lambdas
+
     def predict(self, x: MixInputs) -> tuple[Tensor, Evidence]:
         """(log P (M,) of the candidates, what there is to learn if they are scored)."""
         logp, hint_cells, hint_shares = self.hint_stage(x)
         level = torch.arange(len(x.level_key), device=logp.device)[:, None]
         entropy = x.entropy.long().clamp(0, ENTROPIES - 1)
-        level_cells = (level * ENTROPIES + entropy) * LEVEL_KEYS + x.level_key.long()
-        a, b = LEVEL_PRIOR
-        explained = self.explained[level_cells].double() / ONE
-        reached = self.reached[level_cells].double() / ONE
-        lambdas = ((a + explained) / (a + b + reached)).masked_fill_(x.level_key == 0, 0.0)
+        level_cells = level * (ENTROPIES * LEVEL_KEYS) + entropy * LEVEL_KEYS
+        level_cells += x.level_key
+        lambdas = self.lambdas()[level_cells]
         # left[k]: of the stick, by level k and all above it. parts[0] is p1's, parts[k + 1] level
         # k's, which gets what the levels above it leave: left[k + 1], or all.
-        left = (1 - lambdas).flip(0).cumprod(0).flip(0)
-        parts = torch.cat([left[:1] * logp.exp(), lambdas * x.ratio])
+        left = 1 - lambdas
+        for k in reversed(range(len(left) - 1)):  # a row at a time: cumprod goes down the columns
+            left[k] *= left[k + 1]
+        parts = torch.cat([left[:1] * logp.exp(), lambdas.mul_(x.ratio)])
         parts[1:-1] *= left[1:]
         total = parts.sum(0)
-        evidence = Evidence(x.is_hint, hint_cells, hint_shares, level_cells, parts / total)
+        evidence = Evidence(x.is_hint, hint_cells, hint_shares, level_cells, parts.div_(total))
         return total.log(), evidence
 
     def update(self, seen: Evidence) -> None:
@@ -3707,9 +3716,11 @@ class CalibratedMixer:
         self.hint_seen.index_add_(0, cells, shares.flatten())
         right = shares.masked_fill(~seen.is_hint, 0)
         self.hint_right.index_add_(0, cells, right.flatten())
-        cells, reaching = seen.level_cells.flatten(), seen.responsibilities.cumsum(0)
+        cells, reaching = seen.level_cells.flatten(), seen.responsibilities.clone()
+        for k in range(1, len(reaching)):
+            reaching[k] += reaching[k - 1]
         for table, mass in ((self.explained, seen.responsibilities), (self.reached, reaching)):
-            table.index_add_(0, cells, (mass[1:] * ONE).round().long().flatten())
+            table.index_add_(0, cells, (mass[1:] * ONE).round_().long().flatten())
 
 
 def mix(

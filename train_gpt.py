@@ -3435,6 +3435,7 @@ LEVEL_FEATURES = {"log2_count": 13, "variety": 8, "distance": 3}
 LEVEL_KEYS = 1 + math.prod(LEVEL_FEATURES.values())
 HINT_FEATURES = {"order": 17, "share": 5, "distance": 3, "agreement": 2 ** len(AGREEING_ORDERS)}
 HINT_KEYS = math.prod(HINT_FEATURES.values())
+assert max(HINT_KEYS, LEVEL_KEYS) < 2**15, "keys are int16"
 assert FIELDS["mixer_max_order"].metadata["allowed"][0] >= max(DOCUMENT_MAX_ORDER, *AGREEING_ORDERS)
 
 
@@ -3604,7 +3605,9 @@ def stream_columns(tokens: Tensor, span: tuple[int, int], cfg: Config) -> NgramC
     columns = UnfinishedColumns(size, levels, near, token_type(tokens), device)
     with one_thread():
         for order, ngrams in exact_ngrams(tokens, cfg.mixer_max_order):
-            if 1 < order <= DOCUMENT_MAX_ORDER:
+            if order > DOCUMENT_MAX_ORDER:
+                document = None  # no longer needed, and large
+            elif order > 1:
                 inside = in_documents(ngrams, document)
                 columns.add(order - 2, target_counts(inside, start, size))
                 del inside

@@ -2898,10 +2898,13 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 # Buckets in place of n-grams give a hashed table's counts, a rank among earlier chunks a coarser
 # cache's, groups split by document those inside documents.
 #
-# Memory that is touched for the first time costs more than what is computed in it, so all that can
-# be is computed in blocks, whose temporaries are reused.
+# Memory that is touched for the first time costs more than what is computed in it, and what jumps
+# about more than what walks. So work goes in blocks, whose temporaries are reused, and sorting
+# deals each block's members out to their digits' places, where they lie in rows.
 
-BLOCK = 2**18  # members or positions: a block's columns stay in a core's cache
+BLOCK = (
+    2**18
+)  # members or positions; 2**15 to 2**19 take the same CPU time, larger ones more memory
 DIGIT_BITS = 11  # of a sort's pass: a vocabulary of 1,024 and the token after the end need one
 
 

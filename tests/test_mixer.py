@@ -285,3 +285,21 @@ def test_columns_of_a_stream_are_those_of_scans():
         word = tokens[target + 1]
         for a, b in zip(columns, golf.ngram_columns(*scans, NEAR), strict=True):
             assert torch.equal(a[..., target].double(), b[..., word].double())
+
+
+def test_mixing_asks_the_device_for_no_value():
+    """On the device "meta" there are none: reading one back, which waits for a GPU, would raise."""
+    levels, n = 5, 7
+    shapes = dict(ratio=(levels, n), level_key=(levels, n))
+    types = dict(is_hint=torch.bool, hint_key=torch.int16, ratio=torch.float32)
+    types["level_key"] = torch.int16
+    x = golf.MixInputs(
+        *(
+            torch.empty(shapes.get(name, n), dtype=types.get(name, torch.float64), device="meta")
+            for name in golf.MixInputs._fields
+        )
+    )
+    mixer = golf.CalibratedMixer(levels, "meta")
+    logp, evidence = mixer.predict(x)
+    mixer.update(evidence)
+    assert logp.shape == (n,)

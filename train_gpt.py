@@ -3126,7 +3126,16 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 # that token with a stable sort, drop groups of one: no more is to repeat. So the sorts shrink with
 # every order, there are no tables, no collisions, and position i sees positions before i only.
 # Buckets in place of n-grams give a hashed table's counts, a rank among earlier chunks a coarser
-# cache's.
+# cache's, groups split by document those inside documents.
+#
+# Memory that is touched for the first time costs more than what is computed in it, and what jumps
+# about more than what walks. So work goes in blocks, whose temporaries are reused, and sorting
+# deals each block's members out to their digits' places, where they lie in rows.
+
+BLOCK = (
+    2**18
+)  # members or positions; 2**15 to 2**19 take the same CPU time, larger ones more memory
+DIGIT_BITS = 11  # of a sort's pass: a vocabulary of 1,024 and the token after the end need one
 
 
 class Counts(NamedTuple):
@@ -3143,64 +3152,120 @@ class Counts(NamedTuple):
 class Groups(NamedTuple):
     """M positions, group after group, in stream order inside each."""
 
-    position: Tensor  # int64 (M,)
+    position: Tensor  # int32 (M,)
     start: Tensor  # int32 (M,), index in `position` of the group's first member: its name
+
+
+class Ngrams(NamedTuple):
+    """The groups of one order, whose ranks are its counts; valid until those of the next."""
+
+    contexts: Groups  # M positions by the context before them
+    grams: Groups  # K positions by the n-gram that ends there
+    token: Tensor | None = None  # int16 or int32 (M,), at each context's position; exact only
+    member: Tensor | None = None  # int32 (K,), index of a gram's position in contexts; exact only
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one CPU thread: small work is not worth sharing, and sums keep their order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def blocks(begin: int, end: int) -> Iterator[slice]:
+    """The range [begin, end) in blocks."""
+    for first in range(begin, end, BLOCK):
+        yield slice(first, min(first + BLOCK, end))
+
+
+def numbers(part: slice, device) -> Tensor:
+    """int32 indices of a block."""
+    return torch.arange(part.start, part.stop, dtype=torch.int32, device=device)
 
 
 def changes(a: Tensor, b: Tensor) -> Tensor:
     """(M,) bool: True at 0 and wherever a or b differs from the entry before."""
     changed = torch.ones_like(a, dtype=torch.bool)
-    changed[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    for part in blocks(1, len(a)):
+        before = slice(part.start - 1, part.stop - 1)
+        changed[part] = (a[part] != a[before]) | (b[part] != b[before])
     return changed
 
 
 def run_starts(is_first: Tensor) -> Tensor:
-    """(M,) int32: index of the latest True; int32 halves the memory traffic that dominates here."""
-    starts = is_first.nonzero().squeeze(1)
-    sizes = starts.diff(append=starts.new_tensor([len(is_first)]))
-    return starts.int().repeat_interleave(sizes, output_size=len(is_first))
+    """(M,) int32: index of the latest True."""
+    starts = torch.empty_like(is_first, dtype=torch.int32)
+    for part in blocks(0, len(is_first)):
+        own = numbers(part, starts.device) * is_first[part]
+        if part.start:
+            own[:1] = own[:1].maximum(starts[part.start - 1])
+        starts[part] = own.cummax(0).values
+    return starts
 
 
-def split(groups: Groups, keys: Tensor) -> Groups:
-    """Divide each group by keys[position], without the groups of one that result."""
-    keys, order = keys[groups.position].sort(stable=True)  # keys first, then the old groups
-    is_first = changes(keys, groups.start[order])
+def digits_of(keys: Tensor, shift: int) -> Tensor:
+    """int16 digit of keys >= 0 that begins at bit `shift`."""
+    return (keys >> shift).bitwise_and(2**DIGIT_BITS - 1).short()
+
+
+def sort_by_digit(columns: list[Tensor], shift: int) -> list[Tensor]:
+    """Columns (M,), stably sorted by a digit of the first. Each block is sorted by itself; then its
+    members of a digit go, in a row, where those of the blocks before end."""
+    keys, bins = columns[0], 2**DIGIT_BITS
+    count = torch.zeros(bins, dtype=torch.int64, device=keys.device)
+    for part in blocks(0, len(keys)):
+        count += torch.bincount(digits_of(keys[part], shift), minlength=bins)
+    place = count.cumsum(0) - count  # of the next member of each digit
+    result = [torch.empty_like(column) for column in columns]
+    for part in blocks(0, len(keys)):
+        digit, order = digits_of(keys[part], shift).sort(stable=True)
+        count = torch.bincount(digit, minlength=bins)
+        moved = place - (count.cumsum(0) - count)
+        target = moved.index_select(0, digit.int())
+        target += torch.arange(len(digit), device=keys.device)
+        for column, out in zip(columns, result, strict=True):
+            out.scatter_(0, target, column[part].index_select(0, order))
+        place += count
+    return result
+
+
+@one_thread()
+def split(groups: Groups, keys: Tensor, largest: int) -> tuple[Groups, Tensor]:
+    """Divide each group by keys (M,) from 0 to `largest`, without the groups of one that result;
+    and int32, of each member left, its index in `groups`."""
+    columns = [keys, groups.start, groups.position, numbers(slice(0, len(keys)), keys.device)]
+    for shift in range(0, max(1, largest.bit_length()), DIGIT_BITS):
+        columns = sort_by_digit(columns, shift)
+    keys, start, position, member = columns
+    is_first = changes(keys, start)
+    del keys, start, columns
     repeats = ~is_first
     repeats[:-1] |= ~is_first[1:]
-    kept = repeats.nonzero().squeeze(1)
-    return Groups(groups.position[order[kept]], run_starts(is_first[kept]))
+    size = 0
+    for part in blocks(0, len(repeats)):
+        kept = repeats[part].nonzero().squeeze(1)
+        for column in (is_first, position, member):  # what is left moves to the front
+            column[size : size + len(kept)] = column[part].index_select(0, kept)
+        size += len(kept)
+    return Groups(position[:size], run_starts(is_first[:size])), member[:size]
 
 
-def earlier(groups: Groups, chunk: Tensor | None) -> Tensor:
-    """(M,) int32: members of the same group before this one, and in earlier chunks if given."""
-    if chunk is None:
-        rank = torch.arange(len(groups.start), dtype=torch.int32, device=groups.start.device)
-    else:
-        rank = run_starts(changes(groups.start, chunk[groups.position]))
-    return rank - groups.start
+@one_thread()
+def subgroups(groups: Groups, label: Tensor) -> Groups:
+    """Each group divided where label[position] changes, labels rising with the position."""
+    labels = label.index_select(0, groups.position)
+    return Groups(groups.position, run_starts(changes(groups.start, labels)))
 
 
-def scatter(groups: Groups, values: Tensor, size: int, fill: int = 0) -> Tensor:
-    """A column (size,) int32 with values (M,) at the groups' positions."""
-    column = torch.full((size,), fill, dtype=torch.int32, device=values.device)
-    column[groups.position] = values.int()
-    return column
-
-
-def follower_columns(
-    contexts: Groups, occurred: Tensor, pair: Tensor, tokens: Tensor
-) -> list[Tensor]:
-    """distinct, hint, hint_count and distance (M,) of contexts that `occurred` (M,) so often,
-    pair[position] times with this token."""
-    seen = pair[contexts.position]
-    novel = (seen == 0).int()
-    before = novel.cumsum(0, dtype=torch.int32) - novel
-    distinct = before - before.index_select(0, contexts.start)
-    new = occurred == 0
-    hint = tokens[contexts.position].roll(1).masked_fill_(new, -1)
-    hint_count = (seen + 1).roll(1).masked_fill_(new, 0)
-    distance = contexts.position.diff(prepend=contexts.position[:1]).masked_fill_(new, 0)
-    return [distinct, hint, hint_count, distance]
+def document_numbers(tokens: Tensor) -> Tensor:
+    """int32 (N+1,) number of each position's document, which begins after BOS; the last entry is
+    that of the position after the end."""
+    begins = F.pad(tokens == BOS, (1, 0))
+    return begins.cumsum(0, dtype=torch.int32)
 
 
 def target_chunks(total: int, granularity: int, first: int, device) -> Tensor | None:
@@ -3208,18 +3273,128 @@ def target_chunks(total: int, granularity: int, first: int, device) -> Tensor | 
     `first`, then `granularity` each; None if each target is a chunk of its own."""
     if granularity == first == 1:
         return None
-    position = torch.arange(total + 1, device=device)
-    chunk = ((position - first - 1) // granularity + 1).clamp(min=0).int()
+    position = torch.arange(total + 1, dtype=torch.int32, device=device)
+    chunk = ((position - first - 1) // granularity + 1).clamp(min=0)
     return chunk.masked_fill(position == 0, -1)
 
 
-def stream_group(tokens: Tensor, total: int, documents: bool) -> Groups:
-    """The positions of a stream as one group or, with documents, as one of each document."""
-    position = torch.arange(total, device=tokens.device)
-    is_first = position == 0
-    if documents:
-        is_first[1:] |= tokens[: total - 1] == BOS
-    return Groups(position, run_starts(is_first))
+def all_positions(size: int, device) -> Groups:
+    """The positions before `size` as one group."""
+    position = numbers(slice(0, size), device)
+    return Groups(position, torch.zeros_like(position))
+
+
+def token_type(tokens: Tensor) -> torch.dtype:
+    """The smallest type that holds tokens and a number more."""
+    return torch.int16 if tokens.max() < 2**15 - 1 else torch.int32
+
+
+def exact_ngrams(tokens: Tensor, max_order: int) -> Iterator[tuple[int, Ngrams]]:
+    """(order, Ngrams) of a stream (N,) for orders 1 to max_order."""
+    contexts = all_positions(len(tokens), tokens.device)
+    end = int(tokens.max()) + 1  # after the stream, that no token equals
+    tokens = F.pad(tokens.to(token_type(tokens)), (0, 1), value=end)
+    for order in range(1, max_order + 1):
+        token = tokens.index_select(0, contexts.position)
+        grams, member = split(contexts, token, end)
+        yield order, Ngrams(contexts, grams, token, member)
+        contexts = Groups(grams.position.add_(1), grams.start)
+        del token, grams, member  # before the next are made
+
+
+@one_thread()
+def next_keys(keys: Tensor, tokens: Tensor, prime: int, buckets: int) -> Tensor:
+    """int32 (N,) bucket of the n tokens that end at each position, from keys (N,) of n - 1."""
+    result = torch.empty_like(keys)
+    for part in blocks(0, len(keys)):
+        result[part] = (tokens[part].long() * prime).bitwise_and_(buckets - 1)
+    result[1:] ^= keys[:-1]
+    return result
+
+
+def hashed_ngrams(
+    tokens: Tensor, max_order: int, buckets: int, primes: tuple[int, ...]
+) -> Iterator[tuple[int, Ngrams]]:
+    """(order, Ngrams) of a stream (N,) whose contexts and n-grams from order 2 on are buckets."""
+    stream = contexts = all_positions(len(tokens), tokens.device)
+    keys = torch.zeros_like(stream.position)
+    for order in range(1, max_order + 1):
+        keys = next_keys(keys, tokens, primes[(order - 1) % len(primes)], buckets)
+        whole = Groups(*(column[order - 1 :] for column in stream))  # with all their tokens
+        hashed, _ = split(whole, keys[order - 1 :], buckets - 1)
+        grams = hashed
+        if order == 1:
+            grams, _ = split(stream, tokens.int(), int(tokens.max()))
+        yield order, Ngrams(contexts, grams)
+        contexts = Groups(hashed.position.add_(1), hashed.start)
+        del hashed, grams  # before the next are made
+
+
+def slots(position: Tensor, known: Tensor, start: int, size: int) -> Tensor:
+    """int64 (M,): where positions of a known context come in a column of the positions `start` to
+    start + size - 1; all others share the place after it."""
+    slot = position.long() - start
+    return slot.masked_fill_(~known | (slot < 0), size)
+
+
+def ranks(groups: Groups, part: slice) -> Tensor:
+    """int32: of a block of members, how many of the same group come before."""
+    return numbers(part, groups.start.device) - groups.start[part]
+
+
+@one_thread()
+def rank_column(groups: Groups, chunk: Tensor | None, start: int, size: int) -> Tensor:
+    """int32 (size,), of the positions from `start` on: members of the same group before them, in
+    earlier chunks if given."""
+    column = torch.zeros(size + 1, dtype=torch.int32, device=groups.start.device)
+    seen = groups if chunk is None else subgroups(groups, chunk)
+    for part in blocks(0, len(groups.start)):
+        rank = ranks(groups, part)
+        if chunk is not None:
+            rank -= ranks(seen, part)
+        column.scatter_(0, slots(groups.position[part], rank > 0, start, size), rank)
+    return column[:size]
+
+
+def member_counts(ngrams: Ngrams) -> Iterator[tuple[Tensor, Counts]]:
+    """(position, Counts) of the contexts' members, a block at a time. Of a context that is new all
+    but the count of 0 is meaningless; the very first member, which has one, is left out."""
+    contexts, grams, token, member = ngrams
+    pair = torch.zeros_like(contexts.start)
+    for part in blocks(0, len(member)):
+        pair.scatter_(0, member[part].long(), ranks(grams, part))
+    novel = (pair == 0).cumsum(0, dtype=torch.int32)  # up to each member, itself included
+    for part in blocks(1, len(pair)):
+        before = slice(part.start - 1, part.stop - 1)
+        position = contexts.position[part]
+        first_novel = novel.index_select(0, contexts.start[part])
+        counts = Counts(
+            context=ranks(contexts, part),
+            pair=pair[part],
+            distinct=novel[before] - first_novel + 1,
+            hint=token[before],
+            hint_count=pair[before] + 1,
+            distance=position - contexts.position[before],
+        )
+        yield position, counts
+
+
+@one_thread()
+def count_columns(ngrams: Ngrams, start: int, size: int) -> Counts:
+    """Exact Counts (size,) int32 of the positions from `start` on."""
+    device, fills = ngrams.contexts.start.device, Counts(0, 0, 0, -1, 0, 0)
+    columns = [torch.full((size + 1,), x, dtype=torch.int32, device=device) for x in fills]
+    for position, counts in member_counts(ngrams):
+        slot = slots(position, counts.context > 0, start, size)
+        for column, values in zip(columns, counts, strict=True):
+            column.scatter_(0, slot, values.int())
+    return Counts(*(column[:size] for column in columns))
+
+
+def in_documents(ngrams: Ngrams, document: Tensor) -> Ngrams:
+    """Exact Ngrams as if each document was a stream: what runs over an end occurs once inside."""
+    contexts, grams = (subgroups(groups, document) for groups in ngrams[:2])
+    return ngrams._replace(contexts=contexts, grams=grams)
 
 
 def count_ngrams(
@@ -3231,39 +3406,32 @@ def count_ngrams(
     first: int | None = None,
     primes: tuple[int, ...] | None = None,
     documents: bool = False,
+    followers: bool = True,
 ) -> Iterator[tuple[int, Counts]]:
     """Yield (order, Counts of the positions from `start` on) for orders 1 to max_order.
 
     tokens (N,) integers on any device. buckets: 0 exact, a power of 2 hashed with `primes`.
     granularity, first: a position sees the n-grams whose target lies in an earlier chunk
-    (target_chunks). distinct and hints: exact, one target a chunk only. documents: count inside
-    each document alone.
+    (target_chunks). documents: count inside each document alone; exact only. followers: distinct
+    and hints are wanted; exact, one target a chunk only.
     """
-    total, size = len(tokens), len(tokens) + 1
-    primes, first = primes or Config.ngram_primes, first or granularity
-    chunk = target_chunks(total, granularity, first, tokens.device)
-    # 16-bit keys take half the sort's passes; the token -1 after the end repeats in no n-gram.
-    narrow = torch.int16 if tokens.max() < 2**15 else torch.int32
-    tokens = F.pad(tokens.to(narrow), (0, 1), value=-1)
-    contexts = stream = stream_group(tokens, total, documents)
-    key = torch.zeros(size if buckets else 0, dtype=torch.int64, device=tokens.device)
-    for order in range(1, max_order + 1):
-        hashed = None
-        if buckets:
-            key = key.roll(1) ^ tokens.long() * primes[(order - 1) % len(primes)]
-            full = Groups(stream.position[order - 1 :], stream.start[order - 1 :])
-            hashed = split(full, (key & (buckets - 1)).int())
-        grams = hashed if buckets and order > 1 else split(contexts, tokens)
-        occurred = earlier(contexts, chunk)
-        pairs = earlier(grams, chunk)
-        columns = [scatter(contexts, occurred, size), scatter(grams, pairs, size)]
-        if chunk is None and not buckets:
-            followers = follower_columns(contexts, occurred, columns[1], tokens)
-            for values, fill in zip(followers, (0, -1, 0, 0), strict=True):
-                columns.append(scatter(contexts, values, size, fill))
-        yield order, Counts(*(column[start:total] for column in columns))
-        grams = hashed if buckets else grams
-        contexts = Groups(grams.position + 1, grams.start)
+    size, first = len(tokens) - start, first or granularity
+    chunk = target_chunks(len(tokens), granularity, first, tokens.device)
+    if buckets:
+        found = hashed_ngrams(tokens, max_order, buckets, primes or Config.ngram_primes)
+    else:
+        found = exact_ngrams(tokens, max_order)
+    document = document_numbers(tokens) if documents else None
+    for order, ngrams in found:
+        if documents:
+            ngrams = in_documents(ngrams, document)
+        if followers and chunk is None and not buckets:
+            counts = count_columns(ngrams, start, size)
+        else:
+            counts = Counts(*(rank_column(groups, chunk, start, size) for groups in ngrams[:2]))
+        del ngrams
+        yield order, counts
+        del counts
 
 
 class BackoffRule(NamedTuple):
@@ -3296,6 +3464,7 @@ class BackoffRule(NamedTuple):
             granularity=self.granularity,
             first=first,
             primes=cfg.ngram_primes,
+            followers=False,
         )
 
     def visible(self, target: int, begin: int) -> int:
@@ -3319,44 +3488,51 @@ def scan_ngrams(
     Independent of count_ngrams: looks through the history, tokens[begin] to tokens[target], and no
     further.
     """
-    known, words = tokens[begin : target + 1], torch.arange(cfg.vocab_size)
-    place = len(known)
+    device, known = tokens.device, tokens[begin : target + 1]
+    words, place = torch.arange(cfg.vocab_size, device=device), len(known)
     visible = min(place, rule.visible(target, begin))
-    ends = torch.arange(visible)  # places whose order - 1 tokens before are those before the target
-    keys = torch.zeros(place + 1, dtype=torch.int64)  # hash of the order - 1 tokens before
+    # Places whose order - 1 tokens before are those before the target.
+    ends = torch.arange(visible, dtype=torch.int32, device=device)
+    keys = torch.zeros(place + 1, dtype=torch.int32, device=device)
     for order in range(1, max_order + 1):
         n = order - 1
         if n > place:
             ends = ends[:0]
-        elif n:
-            ends = ends[ends >= n]
-            ends = ends[known[ends - n] == known[place - n]]
+        elif n and not rule.buckets:
+            first = known.index_select(0, (ends - n).clamp_(min=0))
+            ends = ends[(first == known[place - n]) & (ends >= n)]
+        pair_keys = keys
+        if rule.buckets:
+            prime = cfg.ngram_primes[n % len(cfg.ngram_primes)]
+            pair_keys = scan_keys(keys, known, prime, rule.buckets)
         if rule.buckets and 0 < n <= place:
-            primes = cfg.ngram_primes
-            keys = F.pad(keys[:-1] ^ known * primes[(n - 1) % len(primes)], (1, 0))
-            last_prime = primes[n % len(primes)]
-            yield order, scan_buckets(keys, known, n, visible, words, last_prime, rule.buckets)
+            wanted = (keys[place] ^ words * prime) & (rule.buckets - 1)
+            pairs = pair_keys[order : visible + 1]
+            yield order, scan_buckets(keys[n:visible] == keys[place], pairs, wanted, rule.buckets)
         else:
             yield order, scan_exact(known, ends, words)
+        keys = pair_keys
 
 
-def scan_buckets(
-    keys: Tensor, known: Tensor, n: int, visible: int, words: Tensor, prime: int, buckets: int
-) -> Counts:
-    """Hashed Counts (V,) at place len(known): keys (place+1,) of the n tokens before each place."""
-    place, mask = len(known), buckets - 1
-    seen = keys[n:visible]
-    pairs = ((seen ^ known[n:visible] * prime) & mask).sort().values
-    wanted = (keys[place] ^ words * prime) & mask
-    low = torch.searchsorted(pairs, wanted, right=False)
-    high = torch.searchsorted(pairs, wanted, right=True)
-    context = (seen & mask == keys[place] & mask).sum()
-    return Counts(context.expand(len(words)), high - low)
+def scan_keys(keys: Tensor, known: Tensor, prime: int, buckets: int) -> Tensor:
+    """int32 (place+1,) bucket of the n tokens before each place, from keys of n - 1."""
+    longer = torch.zeros_like(keys)
+    for part in blocks(0, len(known)):
+        own = (known[part] * prime) & (buckets - 1)
+        longer[part.start + 1 : part.stop + 1] = keys[part] ^ own
+    return longer
+
+
+def scan_buckets(same: Tensor, pairs: Tensor, wanted: Tensor, buckets: int) -> Counts:
+    """Hashed Counts (V,): which places had the target's context, bool, the buckets of what followed
+    at each, and those (V,) that each token would have."""
+    pair = torch.bincount(pairs, minlength=buckets)[wanted]
+    return Counts(same.sum().expand(len(wanted)), pair)
 
 
 def scan_exact(known: Tensor, ends: Tensor, words: Tensor) -> Counts:
     """Exact Counts (V,) at place len(known): the context occurred before each of `ends`."""
-    followed = known[ends]
+    followed = known.index_select(0, ends)
     pair, count = torch.bincount(followed, minlength=len(words)), len(followed)
     hint = int(followed[-1]) if count else -1
     hint_count = int(pair[hint]) if count else 0
@@ -3435,7 +3611,7 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
     if len(centers) == 1:
         centers = centers * cfg.ngram_max_order
     place = (part.order.long() - 2).clamp(min=0)  # the first center is order 2's, and order 1's
-    center = torch.tensor(centers, dtype=torch.float64)[place]
+    center = torch.tensor(centers, dtype=torch.float64, device=place.device)[place]
     alpha = cfg.ngram_ent_base + cfg.ngram_ent_range * torch.sigmoid(
         cfg.ngram_ent_scale * (entropy - center)
     )
@@ -3492,14 +3668,15 @@ LEVEL_FEATURES = {"log2_count": 13, "variety": 8, "distance": 3}
 LEVEL_KEYS = 1 + math.prod(LEVEL_FEATURES.values())
 HINT_FEATURES = {"order": 17, "share": 5, "distance": 3, "agreement": 2 ** len(AGREEING_ORDERS)}
 HINT_KEYS = math.prod(HINT_FEATURES.values())
+assert max(HINT_KEYS, LEVEL_KEYS) < 2**15, "keys are int16"
 assert FIELDS["mixer_max_order"].metadata["allowed"][0] >= max(DOCUMENT_MAX_ORDER, *AGREEING_ORDERS)
 
 
 class NgramColumns(NamedTuple):
     """What the counts say of each target's context, (N,) or (levels,N)."""
 
-    hint: Tensor  # int32 (N,); -1: none
-    hint_key: Tensor  # int32 (N,), below HINT_KEYS; 0: no hint
+    hint: Tensor  # int16 or int32 (N,); -1: none
+    hint_key: Tensor  # int16 (N,), below HINT_KEYS; 0: no hint
     ratio: Tensor  # float32 (levels,N), pair/context of the target
     level_key: Tensor  # int16 (levels,N), below LEVEL_KEYS; 0: a new context
 
@@ -3565,7 +3742,7 @@ def level_key(counts: Counts, near: int) -> Tensor:
 
 
 def hint_key(order: int, counts: Counts, near: int) -> Tensor:
-    """int32 key of the hint that contexts of this order name, by HINT_FEATURES; without agreement,
+    """int16 key of the hint that contexts of this order name, by HINT_FEATURES; without agreement,
     which the other orders tell."""
     shares = HINT_FEATURES["share"] - 1
     digits = {
@@ -3574,7 +3751,55 @@ def hint_key(order: int, counts: Counts, near: int) -> Tensor:
         "distance": distance_bin(counts.distance, near),
         "agreement": 0,
     }
-    return number_of(digits, HINT_FEATURES)
+    return number_of(digits, HINT_FEATURES).to(torch.int16)
+
+
+class UnfinishedColumns:
+    """NgramColumns of `size` targets, filled in place, order by order.
+
+    Columns are zero, or none, where nothing is put, and have a place more, for what belongs to no
+    target (slots). named: {order: its hints (size+1,)} of AGREEING_ORDERS.
+    """
+
+    def __init__(self, size: int, levels: int, near: int, hints: torch.dtype, device):
+        self.near, shape = near, (levels, size + 1)
+        self.hint = torch.full((size + 1,), -1, dtype=hints, device=device)
+        self.hint_key = torch.zeros(size + 1, dtype=torch.int16, device=device)
+        self.ratio = torch.empty(shape, dtype=torch.float32, device=device)
+        self.level_key = torch.empty(shape, dtype=torch.int16, device=device)
+        self.named: dict[int, Tensor] = {}
+
+    def add(self, level: int, counted: Iterable[tuple[Tensor, Counts]], order: int = 0) -> None:
+        """Fill a level's rows from blocks of (slots, Counts). order: a level's of the stream, whose
+        hints replace those of lower orders."""
+        ratio, keys = self.ratio[level].zero_(), self.level_key[level].zero_()
+        if order in AGREEING_ORDERS:
+            self.named[order] = torch.full_like(self.hint, -1)
+        for slot, counts in counted:
+            share = counts.pair.double() / counts.context.clamp(min=1)
+            ratio.scatter_(0, slot, share.float())
+            keys.scatter_(0, slot, level_key(counts, self.near))
+            if order:
+                self.put_hints(order, slot, counts)
+
+    def put_hints(self, order: int, slot: Tensor, counts: Counts) -> None:
+        """Name the hints of a block, and their keys."""
+        hint = counts.hint.to(self.hint.dtype)
+        self.hint.scatter_(0, slot, hint)
+        self.hint_key.scatter_(0, slot, hint_key(order, counts, self.near))
+        if order in self.named:
+            self.named[order].scatter_(0, slot, hint)
+
+    def finish(self) -> NgramColumns:
+        """The columns without the place more, with agreement in the hints' keys."""
+        size = len(self.hint) - 1
+        for part in blocks(0, size):
+            hint, agreement = self.hint[part], 0
+            for order in AGREEING_ORDERS:
+                agreement = 2 * agreement + (self.named[order][part] == hint).short()
+            self.hint_key[part] += agreement * (hint >= 0)
+        columns = (self.hint, self.hint_key, self.ratio, self.level_key)
+        return NgramColumns(*(column[..., :size] for column in columns))
 
 
 def ngram_columns(
@@ -3583,36 +3808,70 @@ def ngram_columns(
     near: int,
 ) -> NgramColumns:
     """From (order, Counts) inside documents and over the stream; near: tokens of a window."""
-    ratios, keys, agreeing = [], [], []
-    hint, key, agreement = -1, 0, 0  # of no order; columns from the first order on
+    # A context of no token tells nothing that the network does not know.
+    in_document, in_stream = (
+        [(order, counts) for order, counts in pairs if order > 1]
+        for pairs in (document_counts, stream_counts)
+    )
+    first = in_stream[0][1].hint
+    size, levels = len(first), len(in_document) + len(in_stream)
+    columns = UnfinishedColumns(size, levels, near, torch.int32, first.device)
+    everywhere = torch.arange(size, device=first.device)
+    for level, (order, counts) in enumerate(in_document + in_stream):
+        slot = slots(everywhere, counts.context > 0, 0, size)
+        columns.add(level, [(slot, counts)], order if level >= len(in_document) else 0)
+    return columns.finish()
 
-    def add_level(counts: Counts) -> None:
-        ratios.append((counts.pair.double() / counts.context.clamp(min=1)).float())
-        keys.append(level_key(counts, near))
 
-    for order, counts in document_counts:
-        if order > 1:  # a context of no token tells nothing that the network does not know
-            add_level(counts)
-    for order, counts in stream_counts:
-        if order > 1:
-            add_level(counts)
-            known = counts.context > 0  # the longest known context names the hint
-            hint = torch.where(known, counts.hint, hint)
-            key = torch.where(known, hint_key(order, counts, near), key)
-        if order in AGREEING_ORDERS:
-            agreeing.append(counts.hint)
-    for other in agreeing:
-        agreement = 2 * agreement + (other == hint).int()
-    key = torch.where(hint >= 0, key + agreement, 0)
-    return NgramColumns(hint, key, torch.stack(ratios), torch.stack(keys))
+def target_counts(ngrams: Ngrams, start: int, size: int) -> Iterator[tuple[Tensor, Counts]]:
+    """(slots, Counts) of the contexts' members, for columns of the positions from `start` on."""
+    for position, counts in member_counts(ngrams):
+        yield slots(position, counts.context > 0, start, size), counts
 
 
 def stream_columns(tokens: Tensor, span: tuple[int, int], cfg: Config) -> NgramColumns:
     """NgramColumns of the targets `span` of a stream (N+1,), from counts of all before."""
-    tokens, start = tokens[: span[1] + 1], span[0] + 1
-    in_documents = count_ngrams(tokens, DOCUMENT_MAX_ORDER, start, documents=True)
-    in_stream = count_ngrams(tokens, cfg.mixer_max_order, start)
-    return ngram_columns(in_documents, in_stream, cfg.eval_seq_len)
+    tokens, start, size = tokens[: span[1] + 1], span[0] + 1, span[1] - span[0]
+    in_stream = DOCUMENT_MAX_ORDER - 1  # the first level of the stream
+    levels, document = in_stream + cfg.mixer_max_order - 1, document_numbers(tokens)
+    near, device = cfg.eval_seq_len, tokens.device
+    columns = UnfinishedColumns(size, levels, near, token_type(tokens), device)
+    with one_thread():
+        for order, ngrams in exact_ngrams(tokens, cfg.mixer_max_order):
+            if order > DOCUMENT_MAX_ORDER:
+                document = None  # no longer needed, and large
+            elif order > 1:
+                inside = in_documents(ngrams, document)
+                columns.add(order - 2, target_counts(inside, start, size))
+                del inside
+            if order > 1:
+                counted = target_counts(ngrams, start, size)
+                columns.add(in_stream + order - 2, counted, order)
+                del counted
+            del ngrams
+    return columns.finish()
+
+
+def latest_hints(ngrams: Ngrams, hint: Tensor, start: int) -> None:
+    """Put what followed each known context last into the hints (size+1,) of positions from `start`
+    on."""
+    contexts, token, size = ngrams.contexts, ngrams.token, len(hint) - 1
+    for part in blocks(1, len(token)):
+        known = ranks(contexts, part) > 0
+        slot = slots(contexts.position[part], known, start, size)
+        hint.scatter_(0, slot, token[part.start - 1 : part.stop - 1])
+
+
+def stream_hints(tokens: Tensor, span: tuple[int, int], cfg: Config) -> Tensor:
+    """NgramColumns.hint (span,) of stream_columns alone."""
+    tokens, start, size = tokens[: span[1] + 1], span[0] + 1, span[1] - span[0]
+    hint = torch.full((size + 1,), -1, dtype=token_type(tokens), device=tokens.device)
+    with one_thread():
+        for order, ngrams in exact_ngrams(tokens, cfg.mixer_max_order):
+            if order > 1:
+                latest_hints(ngrams, hint, start)
+            del ngrams
+    return hint[:size]
 
 
 class CalibratedMixer:
@@ -3659,23 +3918,32 @@ class CalibratedMixer:
         shares = shares.masked_fill(~has_hint, 0)
         return torch.where(has_hint, logp, x.logp), cells, shares
 
+    def lambdas(self) -> Tensor:
+        """float64 (cells,), of the level table; 0 for new contexts. They are fewer than what a
+        chunk looks up."""
+        a, b = LEVEL_PRIOR
+        explained, reached = self.explained.double() / ONE, self.reached.double() / ONE
+        lambdas = (a + explained) / (a + b + reached)
+        lambdas.view(-1, LEVEL_KEYS)[:, 0] = 0.0
+        return lambdas
+
     def predict(self, x: MixInputs) -> tuple[Tensor, Evidence]:
         """(log P (M,) of the candidates, what there is to learn if they are scored)."""
         logp, hint_cells, hint_shares = self.hint_stage(x)
         level = torch.arange(len(x.level_key), device=logp.device)[:, None]
         entropy = x.entropy.long().clamp(0, ENTROPIES - 1)
-        level_cells = (level * ENTROPIES + entropy) * LEVEL_KEYS + x.level_key.long()
-        a, b = LEVEL_PRIOR
-        explained = self.explained[level_cells].double() / ONE
-        reached = self.reached[level_cells].double() / ONE
-        lambdas = ((a + explained) / (a + b + reached)).masked_fill_(x.level_key == 0, 0.0)
+        level_cells = level * (ENTROPIES * LEVEL_KEYS) + entropy * LEVEL_KEYS
+        level_cells += x.level_key
+        lambdas = self.lambdas()[level_cells]
         # left[k]: of the stick, by level k and all above it. parts[0] is p1's, parts[k + 1] level
         # k's, which gets what the levels above it leave: left[k + 1], or all.
-        left = (1 - lambdas).flip(0).cumprod(0).flip(0)
-        parts = torch.cat([left[:1] * logp.exp(), lambdas * x.ratio])
+        left = 1 - lambdas
+        for k in reversed(range(len(left) - 1)):  # a row at a time: cumprod goes down the columns
+            left[k] *= left[k + 1]
+        parts = torch.cat([left[:1] * logp.exp(), lambdas.mul_(x.ratio)])
         parts[1:-1] *= left[1:]
         total = parts.sum(0)
-        evidence = Evidence(x.is_hint, hint_cells, hint_shares, level_cells, parts / total)
+        evidence = Evidence(x.is_hint, hint_cells, hint_shares, level_cells, parts.div_(total))
         return total.log(), evidence
 
     def update(self, seen: Evidence) -> None:
@@ -3684,20 +3952,11 @@ class CalibratedMixer:
         self.hint_seen.index_add_(0, cells, shares.flatten())
         right = shares.masked_fill(~seen.is_hint, 0)
         self.hint_right.index_add_(0, cells, right.flatten())
-        cells, reaching = seen.level_cells.flatten(), seen.responsibilities.cumsum(0)
+        cells, reaching = seen.level_cells.flatten(), seen.responsibilities.clone()
+        for k in range(1, len(reaching)):
+            reaching[k] += reaching[k - 1]
         for table, mass in ((self.explained, seen.responsibilities), (self.reached, reaching)):
-            table.index_add_(0, cells, (mass[1:] * ONE).round().long().flatten())
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one CPU thread: small work is not worth sharing, and sums keep their order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+            table.index_add_(0, cells, (mass[1:] * ONE).round_().long().flatten())
 
 
 def mix(
@@ -3836,7 +4095,7 @@ class Evaluation:
             return
         hints = None
         if cfg.ngram_enabled:
-            hints = stream_columns(self.neural.tokens, spans[run.rank], cfg).hint
+            hints = stream_hints(self.neural.tokens, spans[run.rank], cfg)
         out = self.neural.columns(hints, progress=True)
         columns = [run.gather(column.contiguous(), spans) for column in out.unbind(1)]
         self.times = run.gather(self.neural.times, spans)
@@ -4103,8 +4362,7 @@ def rescore(evaluation: Evaluation) -> dict:
     num_targets = neural.grid.num_targets
     hints = torch.zeros(num_targets, dtype=torch.int64, device=neural.tokens.device)
     if evaluation.cfg.ngram_enabled:
-        columns = stream_columns(neural.tokens, (0, num_targets), evaluation.cfg)
-        hints = columns.hint.long().clamp(min=0)
+        hints = stream_hints(neural.tokens, (0, num_targets), evaluation.cfg).long().clamp(min=0)
     errors, compared = [], 0
     count, drawn = neural.grid.count, len(windows)
     altered = -(-count // 100)

@@ -1,25 +1,40 @@
 """How fast are n-gram counts? Sorting the stream against tables read and written by window.
 
     python bench/ngram_counts.py [--sizes 0.5 2 8] [--repeats 5] [--tokens stream.npy|.bin]
+    python bench/ngram_counts.py --sizes --mixing 8 62 [--baseline REVISION] [--tokens ...]
 
 Sizes are in millions of tokens. Without --tokens the stream is made here (`make_stream`). With a
 GPU the same sizes and 62 M tokens run there too. The contender does what the public submissions
 do: for every order two 2**22-bucket uint32 tables, read for a window of 32 targets and then
 updated, window after window, with numpy; being linear it is timed on a slice. It yields the
 longest match only, ours every column of every order.
+
+--mixing times what the calibrated mixer does on such streams: its columns, then mixing, each size
+in a process of its own, whose peak memory counts the tokens and the network's columns (made up
+here). --baseline does the same with another revision's train_gpt.py in the same run, after a
+comparison of the results.
 """
 
 import argparse
+import hashlib
+import importlib.util
+import json
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import golf
 
+ROOT = Path(__file__).resolve().parent.parent
 MAX_ORDER, BUCKETS, WINDOW, MIN_COUNT, VOCAB = 10, 2**22, 32, 2, 1024
+COMPARED = 300_000  # tokens at which two revisions' results are compared
 PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 174763, 233017), dtype=np.int64)
 
 
@@ -112,10 +127,7 @@ def bench(tokens, mode, options, slow, repeats):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     speed = len(tokens) / seconds(lambda: count_all(tokens, **options), repeats, device)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes(device)
     print(
         f"{device:8}{len(tokens):12,}  {mode:18}{speed / 1e6:12.2f}"
         f"{speed / slow:14.1f}{peak / 1e9:8.2f}",
@@ -123,23 +135,130 @@ def bench(tokens, mode, options, slow, repeats):
     )
 
 
+def peak_bytes(device):
+    """Most memory so far: of the device, on the CPU of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def clock(device):
+    """Seconds, when all that the device was given is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def made_up_columns(size):
+    """(size,4) float64 of NeuralColumns, of no network."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.rand(size, 4, dtype=torch.float64, generator=generator)
+    columns[:, 0] *= -6.0
+    columns[:, 1] *= 7.0
+    columns[:, 2].clamp_(1e-6, 1 - 1e-6)
+    torch.log1p(-columns[:, 2], out=columns[:, 3])
+    columns[:, 2].log_()
+    return columns
+
+
+def digest(tensors):
+    """SHA-256 of the values of tensors, whatever integers hold them."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.cpu() if tensor.is_floating_point() else tensor.cpu().long()
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def measure(folder, path):
+    """Print, as JSON, seconds of columns and of mixing by a folder's train_gpt.py, peak bytes, and
+    a digest of the results of short streams. path: .npy of the tokens, int32."""
+    spec = importlib.util.spec_from_file_location("measured", f"{folder}/train_gpt.py")
+    other = sys.modules["measured"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    device, cfg = "cuda" if torch.cuda.is_available() else "cpu", other.Config()
+    tokens = torch.from_numpy(np.load(path)).to(device)
+    size = len(tokens) - 1
+    with golf.one_thread():  # the same bits in every process
+        neural = made_up_columns(size).to(device).unbind(1)
+    times = [clock(device)]
+    ngram = other.stream_columns(tokens, (0, size), cfg)
+    times.append(clock(device))
+    inputs = other.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:])
+    compared = [ngram.hint, ngram.ratio] if size < COMPARED else []
+    del ngram
+    logp, _ = other.mix(inputs, cfg.mixer_chunk_tokens)
+    times.append(clock(device))
+    columns, mixing = np.diff(times).tolist()
+    result = {"columns": columns, "mixing": mixing, "bytes": peak_bytes(device)}
+    if compared:
+        result["digest"] = digest([logp, *compared])
+    print(json.dumps(result))
+
+
+def measured(folder, path):
+    """What `measure` finds, in a process of its own."""
+    command = [sys.executable, __file__, "--measure", folder, path]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_out(revision, folder):
+    """Put a revision's train_gpt.py, and the tools that it may import, into a folder."""
+    paths = ["train_gpt.py", "tools"]
+    archive = subprocess.run(
+        ["git", "archive", revision, *paths], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return folder
+
+
+def mixing_line(size, ours, baseline):
+    """Print the table's line of a size; the ratio is of columns and mixing together."""
+    cells = []
+    for found in filter(None, (ours, baseline)):
+        cells.append(f"{found['columns']:9.1f}{found['mixing']:9.1f}{found['bytes'] / 2**30:7.2f}")
+    if baseline:
+        seconds = [found["columns"] + found["mixing"] for found in (baseline, ours)]
+        cells.append(f"{seconds[0] / seconds[1]:7.2f}")
+    print(f"{size:11,}" + "  ".join(cells), flush=True)
+
+
+def bench_mixing(stream, sizes, revision):
+    """Columns and mixing of the first tokens of a stream, against another revision if given."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/tokens.npy"
+        baseline = check_out(revision, folder) if revision else None
+        if baseline:
+            np.save(path, stream[:COMPARED])
+            if measured(ROOT, path)["digest"] != measured(baseline, path)["digest"]:
+                raise SystemExit(f"{revision}: not the same results; nothing to compare")
+        print(
+            "columns and mixing, s, and peak memory, GiB: ours" + f", {revision}" * bool(baseline)
+        )
+        names = f"{'columns':>9}{'mixing':>9}{'GiB':>7}"
+        print(f"{'tokens':>11}{names}" + f"  {names}  {'ratio':>7}" * bool(baseline))
+        for size in sizes:
+            np.save(path, stream[: int(1e6 * size)])
+            ours = measured(ROOT, path)
+            mixing_line(int(1e6 * size), ours, measured(baseline, path) if baseline else None)
+
+
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 2, 8])
+    parser.add_argument("--sizes", type=float, nargs="*", default=[0.5, 2, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens")
     parser.add_argument("--window-tokens", type=int, default=200_000)
+    parser.add_argument("--mixing", type=float, nargs="*", default=[8])
+    parser.add_argument("--baseline", metavar="REVISION")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main():
-    args = arguments()
-    sizes = {"cpu": args.sizes, "cuda": [*args.sizes, 62.0]}
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    longest = int(1e6 * max(sizes[devices[-1]]))
-    stream = load_tokens(args.tokens) if args.tokens else make_stream(longest)
-
+def bench_counts(stream, sizes, args):
+    """Counts of every mode on {device: sizes}, against tables updated by window."""
     sample = stream[: args.window_tokens]
     slow = len(sample) / seconds(lambda: per_window(sample), 1, "cpu")
     print(f"per-window numpy tables, {len(sample)} tokens: {slow / 1e6:.4f} M tokens/s")
@@ -149,11 +268,27 @@ def main():
         "hashed, windows": {"buckets": BUCKETS, "granularity": 64, "first": 2048},
     }
     print(f"{'device':8}{'tokens':>12}  {'mode':18}{'M tokens/s':>12}{'x per-window':>14}{'GB':>8}")
-    for device in devices:
+    for device in sizes:
         for size in sizes[device]:
             tokens = torch.from_numpy(stream[: int(size * 1e6)]).to(device)
             for mode, options in modes.items():
                 bench(tokens, mode, options, slow, args.repeats)
+
+
+def main():
+    args = arguments()
+    if args.measure:
+        measure(*args.measure)
+        return
+    sizes = {"cpu": args.sizes}
+    if torch.cuda.is_available() and args.sizes:
+        sizes["cuda"] = [*args.sizes, 62.0]
+    longest = int(1e6 * max([0.5, *sum(sizes.values(), []), *args.mixing]))
+    stream = load_tokens(args.tokens) if args.tokens else make_stream(longest)
+    if args.sizes:
+        bench_counts(stream, sizes, args)
+    if args.mixing:
+        bench_mixing(stream, args.mixing, args.baseline)
 
 
 if __name__ == "__main__":

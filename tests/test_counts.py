@@ -1,6 +1,7 @@
 """N-gram counts against tables of counters, and prefill against one pass."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +36,21 @@ def test_visibility_and_buckets(tokens, granularity, first, buckets):
     for order, rows in got.items():
         want = reference.count(tokens, order, buckets, granularity, first, primes)
         assert [r[:2] for r in rows] == [r[:2] for r in want]
+
+
+@given(STREAMS, st.integers(1, 9), st.integers(1, 3), st.booleans())
+def test_blocks_and_digits_of_any_size(tokens, block, digit_bits, documents):
+    options = (dict(documents=documents), dict(buckets=16), dict(granularity=3, first=5))
+    whole = [columns(tokens, 4, **option) for option in options]
+    with mock.patch.multiple(golf, BLOCK=block, DIGIT_BITS=digit_bits):
+        assert [columns(tokens, 4, **option) for option in options] == whole
+
+
+@given(STREAMS, st.booleans())
+def test_without_followers_contexts_and_pairs_are_the_same(tokens, documents):
+    whole = columns(tokens, 4, documents=documents)
+    for order, rows in columns(tokens, 4, documents=documents, followers=False).items():
+        assert rows == [row[:2] for row in whole[order]]
 
 
 @given(STREAMS, st.integers(0, 60), st.sampled_from([0, 16]))
@@ -135,3 +151,22 @@ def test_a_scan_of_the_history_gives_every_column(tokens, target, begin):
         for word in range(5):
             want = reference.count([*tokens[begin : target + 1], word], order)[-1]
             assert tuple(int(c[word]) for c in counts) == want
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=2, max_size=40),
+    st.integers(0, 39),
+    st.sampled_from([1, 4, 64]),
+    st.integers(1, 9),
+)
+def test_a_scan_of_the_history_gives_the_counts_of_buckets(tokens, target, buckets, block):
+    target = min(target, len(tokens) - 2)
+    cfg, _ = golf.load_config(dict(VOCAB_SIZE="260"))
+    rule = golf.BackoffRule(buckets=buckets)
+    with mock.patch.object(golf, "BLOCK", block):
+        scanned = dict(golf.scan_ngrams(torch.tensor(tokens), target, rule, 6, cfg))
+    for word in range(5):
+        stream = torch.tensor([*tokens[: target + 1], word])
+        for order, counts in golf.count_ngrams(stream, 6, buckets=buckets, primes=cfg.ngram_primes):
+            counted = (int(counts.context[-1]), int(counts.pair[-1]))
+            assert counted == tuple(int(column[word]) for column in scanned[order][:2])

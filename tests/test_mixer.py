@@ -1,9 +1,12 @@
 """The calibrated mixer against a slow scalar mixer, and its promises."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt as golf
 
@@ -248,3 +251,55 @@ def test_keys_of_hints_tell_their_order():
             longest = torch.where(counts.context > 0, order, longest)
     assert torch.equal(golf.hint_orders(x.hint_key).long(), longest)
     assert int(x.hint_key.max()) < golf.HINT_KEYS and longest.max() == MAX_ORDER
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 3, 40000]), min_size=2, max_size=60),
+    st.integers(0, 58),
+    st.integers(1, 60),
+    st.integers(1, 9),
+)
+def test_hints_alone_are_those_of_the_columns(tokens, start, length, block):
+    """Of any span, of 16-bit tokens too, and whatever the blocks' size."""
+    start = min(start, len(tokens) - 2)
+    span = (start, min(start + length, len(tokens) - 1))
+    columns = golf.stream_columns(torch.tensor(tokens), span, CFG)
+    with mock.patch.object(golf, "BLOCK", block):
+        hints = golf.stream_hints(torch.tensor(tokens), span, CFG)
+        again = golf.stream_columns(torch.tensor(tokens), span, CFG)
+    assert hints.dtype == columns.hint.dtype and torch.equal(hints, columns.hint)
+    assert all(torch.equal(a, b) for a, b in zip(columns, again, strict=True))
+
+
+def test_columns_of_a_stream_are_those_of_scans():
+    """Two ways to the same numbers: counts of all targets, and a scan for each."""
+    tokens = text(300, 8)
+    cfg = golf.replace(CFG, vocab_size=V)
+    columns = golf.stream_columns(tokens, (0, 300), cfg)
+    for target in range(0, 300, 7):
+        begin = int((tokens[: target + 1] == golf.BOS).nonzero()[-1]) + 1
+        scans = [
+            golf.scan_ngrams(tokens, target, golf.EXACT, order, cfg, first)
+            for order, first in ((golf.DOCUMENT_MAX_ORDER, begin), (MAX_ORDER, 0))
+        ]
+        word = tokens[target + 1]
+        for a, b in zip(columns, golf.ngram_columns(*scans, NEAR), strict=True):
+            assert torch.equal(a[..., target].double(), b[..., word].double())
+
+
+def test_mixing_asks_the_device_for_no_value():
+    """On the device "meta" there are none: reading one back, which waits for a GPU, would raise."""
+    levels, n = 5, 7
+    shapes = dict(ratio=(levels, n), level_key=(levels, n))
+    types = dict(is_hint=torch.bool, hint_key=torch.int16, ratio=torch.float32)
+    types["level_key"] = torch.int16
+    x = golf.MixInputs(
+        *(
+            torch.empty(shapes.get(name, n), dtype=types.get(name, torch.float64), device="meta")
+            for name in golf.MixInputs._fields
+        )
+    )
+    mixer = golf.CalibratedMixer(levels, "meta")
+    logp, evidence = mixer.predict(x)
+    mixer.update(evidence)
+    assert logp.shape == (n,)

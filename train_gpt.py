@@ -3132,9 +3132,9 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 # about more than what walks. So work goes in blocks, whose temporaries are reused, and sorting
 # deals each block's members out to their digits' places, where they lie in rows.
 
-BLOCK = (
-    2**18
-)  # members or positions; 2**15 to 2**19 take the same CPU time, larger ones more memory
+# Members or positions of a block: on a CPU 2**15 to 2**19 take the same time, larger ones more
+# memory; on CUDA few large blocks are few launches (by their count; not measured).
+BLOCK = {"cpu": 2**18, "cuda": 2**22}
 DIGIT_BITS = 11  # of a sort's pass: a vocabulary of 1,024 and the token after the end need one
 
 
@@ -3176,10 +3176,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def blocks(begin: int, end: int) -> Iterator[slice]:
-    """The range [begin, end) in blocks."""
-    for first in range(begin, end, BLOCK):
-        yield slice(first, min(first + BLOCK, end))
+def blocks(begin: int, column: Tensor) -> Iterator[slice]:
+    """The entries of a column from `begin` on, in blocks."""
+    size = BLOCK[column.device.type]
+    for first in range(begin, len(column), size):
+        yield slice(first, min(first + size, len(column)))
 
 
 def numbers(part: slice, device) -> Tensor:
@@ -3190,7 +3191,7 @@ def numbers(part: slice, device) -> Tensor:
 def changes(a: Tensor, b: Tensor) -> Tensor:
     """(M,) bool: True at 0 and wherever a or b differs from the entry before."""
     changed = torch.ones_like(a, dtype=torch.bool)
-    for part in blocks(1, len(a)):
+    for part in blocks(1, a):
         before = slice(part.start - 1, part.stop - 1)
         changed[part] = (a[part] != a[before]) | (b[part] != b[before])
     return changed
@@ -3199,7 +3200,7 @@ def changes(a: Tensor, b: Tensor) -> Tensor:
 def run_starts(is_first: Tensor) -> Tensor:
     """(M,) int32: index of the latest True."""
     starts = torch.empty_like(is_first, dtype=torch.int32)
-    for part in blocks(0, len(is_first)):
+    for part in blocks(0, is_first):
         own = numbers(part, starts.device) * is_first[part]
         if part.start:
             own[:1] = own[:1].maximum(starts[part.start - 1])
@@ -3217,11 +3218,11 @@ def sort_by_digit(columns: list[Tensor], shift: int) -> list[Tensor]:
     members of a digit go, in a row, where those of the blocks before end."""
     keys, bins = columns[0], 2**DIGIT_BITS
     count = torch.zeros(bins, dtype=torch.int64, device=keys.device)
-    for part in blocks(0, len(keys)):
+    for part in blocks(0, keys):
         count += torch.bincount(digits_of(keys[part], shift), minlength=bins)
     place = count.cumsum(0) - count  # of the next member of each digit
     result = [torch.empty_like(column) for column in columns]
-    for part in blocks(0, len(keys)):
+    for part in blocks(0, keys):
         digit, order = digits_of(keys[part], shift).sort(stable=True)
         count = torch.bincount(digit, minlength=bins)
         moved = place - (count.cumsum(0) - count)
@@ -3246,7 +3247,7 @@ def split(groups: Groups, keys: Tensor, largest: int) -> tuple[Groups, Tensor]:
     repeats = ~is_first
     repeats[:-1] |= ~is_first[1:]
     size = 0
-    for part in blocks(0, len(repeats)):
+    for part in blocks(0, repeats):
         kept = repeats[part].nonzero().squeeze(1)
         for column in (is_first, position, member):  # what is left moves to the front
             column[size : size + len(kept)] = column[part].index_select(0, kept)
@@ -3306,7 +3307,7 @@ def exact_ngrams(tokens: Tensor, max_order: int) -> Iterator[tuple[int, Ngrams]]
 def next_keys(keys: Tensor, tokens: Tensor, prime: int, buckets: int) -> Tensor:
     """int32 (N,) bucket of the n tokens that end at each position, from keys (N,) of n - 1."""
     result = torch.empty_like(keys)
-    for part in blocks(0, len(keys)):
+    for part in blocks(0, keys):
         result[part] = (tokens[part].long() * prime).bitwise_and_(buckets - 1)
     result[1:] ^= keys[:-1]
     return result
@@ -3348,7 +3349,7 @@ def rank_column(groups: Groups, chunk: Tensor | None, start: int, size: int) -> 
     earlier chunks if given."""
     column = torch.zeros(size + 1, dtype=torch.int32, device=groups.start.device)
     seen = groups if chunk is None else subgroups(groups, chunk)
-    for part in blocks(0, len(groups.start)):
+    for part in blocks(0, groups.start):
         rank = ranks(groups, part)
         if chunk is not None:
             rank -= ranks(seen, part)
@@ -3361,10 +3362,10 @@ def member_counts(ngrams: Ngrams) -> Iterator[tuple[Tensor, Counts]]:
     but the count of 0 is meaningless; the very first member, which has one, is left out."""
     contexts, grams, token, member = ngrams
     pair = torch.zeros_like(contexts.start)
-    for part in blocks(0, len(member)):
+    for part in blocks(0, member):
         pair.scatter_(0, member[part].long(), ranks(grams, part))
     novel = (pair == 0).cumsum(0, dtype=torch.int32)  # up to each member, itself included
-    for part in blocks(1, len(pair)):
+    for part in blocks(1, pair):
         before = slice(part.start - 1, part.stop - 1)
         position = contexts.position[part]
         first_novel = novel.index_select(0, contexts.start[part])
@@ -3517,7 +3518,7 @@ def scan_ngrams(
 def scan_keys(keys: Tensor, known: Tensor, prime: int, buckets: int) -> Tensor:
     """int32 (place+1,) bucket of the n tokens before each place, from keys of n - 1."""
     longer = torch.zeros_like(keys)
-    for part in blocks(0, len(known)):
+    for part in blocks(0, known):
         own = (known[part] * prime) & (buckets - 1)
         longer[part.start + 1 : part.stop + 1] = keys[part] ^ own
     return longer
@@ -3793,7 +3794,7 @@ class UnfinishedColumns:
     def finish(self) -> NgramColumns:
         """The columns without the place more, with agreement in the hints' keys."""
         size = len(self.hint) - 1
-        for part in blocks(0, size):
+        for part in blocks(0, self.hint[:size]):
             hint, agreement = self.hint[part], 0
             for order in AGREEING_ORDERS:
                 agreement = 2 * agreement + (self.named[order][part] == hint).short()
@@ -3856,7 +3857,7 @@ def latest_hints(ngrams: Ngrams, hint: Tensor, start: int) -> None:
     """Put what followed each known context last into the hints (size+1,) of positions from `start`
     on."""
     contexts, token, size = ngrams.contexts, ngrams.token, len(hint) - 1
-    for part in blocks(1, len(token)):
+    for part in blocks(1, token):
         known = ranks(contexts, part) > 0
         slot = slots(contexts.position[part], known, start, size)
         hint.scatter_(0, slot, token[part.start - 1 : part.stop - 1])

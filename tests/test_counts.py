@@ -42,7 +42,7 @@ def test_visibility_and_buckets(tokens, granularity, first, buckets):
 def test_blocks_and_digits_of_any_size(tokens, block, digit_bits, documents):
     options = (dict(documents=documents), dict(buckets=16), dict(granularity=3, first=5))
     whole = [columns(tokens, 4, **option) for option in options]
-    with mock.patch.multiple(golf, BLOCK=block, DIGIT_BITS=digit_bits):
+    with mock.patch.multiple(golf, BLOCK={"cpu": block}, DIGIT_BITS=digit_bits):
         assert [columns(tokens, 4, **option) for option in options] == whole
 
 
@@ -163,7 +163,7 @@ def test_a_scan_of_the_history_gives_the_counts_of_buckets(tokens, target, bucke
     target = min(target, len(tokens) - 2)
     cfg, _ = golf.load_config(dict(VOCAB_SIZE="260"))
     rule = golf.BackoffRule(buckets=buckets)
-    with mock.patch.object(golf, "BLOCK", block):
+    with mock.patch.object(golf, "BLOCK", {"cpu": block}):
         scanned = dict(golf.scan_ngrams(torch.tensor(tokens), target, rule, 6, cfg))
     for word in range(5):
         stream = torch.tensor([*tokens[: target + 1], word])

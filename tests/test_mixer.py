@@ -264,7 +264,7 @@ def test_hints_alone_are_those_of_the_columns(tokens, start, length, block):
     start = min(start, len(tokens) - 2)
     span = (start, min(start + length, len(tokens) - 1))
     columns = golf.stream_columns(torch.tensor(tokens), span, CFG)
-    with mock.patch.object(golf, "BLOCK", block):
+    with mock.patch.object(golf, "BLOCK", {"cpu": block}):
         hints = golf.stream_hints(torch.tensor(tokens), span, CFG)
         again = golf.stream_columns(torch.tensor(tokens), span, CFG)
     assert hints.dtype == columns.hint.dtype and torch.equal(hints, columns.hint)

@@ -161,18 +161,15 @@ def made_up_columns(size):
     return columns
 
 
-def digest(tensors):
-    """SHA-256 of the values of tensors, whatever integers hold them."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.cpu() if tensor.is_floating_point() else tensor.cpu().long()
-        found.update(tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()
+def digest(tensor):
+    """SHA-256 of a tensor's values, whatever integers hold them."""
+    tensor = tensor.cpu() if tensor.is_floating_point() else tensor.cpu().long()
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def measure(folder, path):
     """Print, as JSON, seconds of columns and of mixing by a folder's train_gpt.py, peak bytes, and
-    a digest of the results of short streams. path: .npy of the tokens, int32."""
+    digests of the results of short streams. path: .npy of the tokens, int32."""
     spec = importlib.util.spec_from_file_location("measured", f"{folder}/train_gpt.py")
     other = sys.modules["measured"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
@@ -185,14 +182,17 @@ def measure(folder, path):
     ngram = other.stream_columns(tokens, (0, size), cfg)
     times.append(clock(device))
     inputs = other.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:])
-    compared = [ngram.hint, ngram.ratio] if size < COMPARED else []
+    compared = {}
+    if size < COMPARED:
+        compared = {"hint": ngram.hint, "ratio": ngram.ratio, "level_key": ngram.level_key}
     del ngram
     logp, _ = other.mix(inputs, cfg.mixer_chunk_tokens)
     times.append(clock(device))
     columns, mixing = np.diff(times).tolist()
     result = {"columns": columns, "mixing": mixing, "bytes": peak_bytes(device)}
     if compared:
-        result["digest"] = digest([logp, *compared])
+        compared |= {"network": torch.stack(neural), "logp": logp}
+        result["digests"] = {name: digest(tensor) for name, tensor in compared.items()}
     print(json.dumps(result))
 
 
@@ -224,6 +224,13 @@ def mixing_line(size, ours, baseline):
     print(f"{size:11,}" + "  ".join(cells), flush=True)
 
 
+def compare(ours, baseline):
+    """SystemExit unless both sides' digests {name: digest} are the same."""
+    differing = [name for name in ours if ours[name] != baseline[name]]
+    if differing:
+        raise SystemExit(f"not the same {', '.join(differing)}: nothing to compare")
+
+
 def bench_mixing(stream, sizes, revision):
     """Columns and mixing of the first tokens of a stream, against another revision if given."""
     with tempfile.TemporaryDirectory() as folder:
@@ -231,8 +238,7 @@ def bench_mixing(stream, sizes, revision):
         baseline = check_out(revision, folder) if revision else None
         if baseline:
             np.save(path, stream[:COMPARED])
-            if measured(ROOT, path)["digest"] != measured(baseline, path)["digest"]:
-                raise SystemExit(f"{revision}: not the same results; nothing to compare")
+            compare(measured(ROOT, path)["digests"], measured(baseline, path)["digests"])
         print(
             "columns and mixing, s, and peak memory, GiB: ours" + f", {revision}" * bool(baseline)
         )

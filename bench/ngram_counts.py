@@ -58,9 +58,10 @@ def make_stream(total, seed=0):
         return flat[np.repeat(begins, lengths) + steps]
 
     words = [zipf(size, VOCAB - 2, 0.8) + 2 for size in rng.integers(1, 7, 30_000)]
-    phrases = [
-        concatenate(zipf(size, len(words), 1.0), words) for size in rng.integers(2, 10, 200_000)
-    ]
+    sizes = rng.integers(2, 10, 200_000)
+    items = zipf(sizes.sum(), len(words), 1.0)
+    ends = np.cumsum(np.array([len(word) for word in words])[items])[np.cumsum(sizes) - 1]
+    phrases = np.split(concatenate(items, words), ends[:-1])
     draws = total // 3 + 100
     items = np.where(
         rng.random(draws) < 0.7,

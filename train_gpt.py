@@ -3020,13 +3020,13 @@ class NeuralPass:
 
     All its distributions, for scores, masses, encoder and decoder, come from `logits`, in batches
     of the grid's two shapes with every window in its own row: the same kernels add the same numbers
-    in the same order. tokens: (N+1,) int64. start, end: this rank's span of targets. times: (span,)
+    in the same order. tokens: (N+1,) int32. start, end: this rank's span of targets. times: (span,)
     uint8, how often `columns` has written each target.
     """
 
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run, stride: int):
         self.cfg, self.run, self.data = cfg, run, data
-        self.tokens = data.val.to(run.device)
+        self.tokens = data.val.int().to(run.device)
         self.grid = Grid(len(self.tokens) - 1, cfg, stride, run.world_size)
         self.start, self.end = self.grid.spans[run.rank]
         self.times = torch.zeros(self.end - self.start, dtype=torch.uint8)
@@ -3042,8 +3042,8 @@ class NeuralPass:
 
     def score(self, inputs: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
         """NeuralColumns (B,last,4) at positions of Grid.places; hints (B,last) int64."""
-        logits = self.logits(self.tokens[inputs], targets.size(1))
-        return score_logits(logits, self.tokens[targets + 1], hints)
+        logits = self.logits(self.tokens[inputs].long(), targets.size(1))
+        return score_logits(logits, self.tokens[targets + 1].long(), hints)
 
     def columns(self, hints: Tensor | None = None, progress: bool = False) -> Tensor:
         """NeuralColumns (span,4) of this rank's span; hints (span,), none where negative."""
@@ -3081,7 +3081,7 @@ class NeuralPass:
     def sheet_logits(self, numbers: Tensor) -> Tensor:
         """Logits (B,last,V) of a batch of Grid.sheets."""
         inputs, targets, _ = self.grid.places(numbers.to(self.run.device))
-        return self.logits(self.tokens[inputs], targets.size(1))
+        return self.logits(self.tokens[inputs].long(), targets.size(1))
 
     def distributions(self, targets: Iterable[int]) -> dict[int, Tensor]:
         """{target: log-probabilities (V,) float64, on the CPU}."""
@@ -3519,7 +3519,7 @@ def scan_keys(keys: Tensor, known: Tensor, prime: int, buckets: int) -> Tensor:
     """int32 (place+1,) bucket of the n tokens before each place, from keys of n - 1."""
     longer = torch.zeros_like(keys)
     for part in blocks(0, known):
-        own = (known[part] * prime) & (buckets - 1)
+        own = (known[part].long() * prime) & (buckets - 1)
         longer[part.start + 1 : part.stop + 1] = keys[part] ^ own
     return longer
 

@@ -223,7 +223,7 @@ sys.exit(golf.main())
     [
         ("golf.Trainer.gradients", "training", "saved so far: nothing"),
         ("golf.calibrate", "export", "golf-demo-1337.safetensors"),
-        ("golf.stream_columns", "evaluation", "golf-demo-1337.int6.ptz"),
+        ("golf.stream_hints", "evaluation", "golf-demo-1337.int6.ptz"),
         ("golf.scan_ngrams", "evaluation", "neural-"),
     ],
 )

@@ -3997,9 +3997,9 @@ LEAST_MASS_POSITIONS = 4  # of long streams, whose scans are slow
 MASS_SCANNED_TOKENS = 2**28  # that all scans together may look through
 NORMALIZED_WITHIN = 1e-4  # of 1, for normalized:yes; the audit asks for MASS_WITHIN
 AUDIT_UPDATES = 3  # updates of the largest tables before the windows that are coded
-AUDIT_BATCHES = 8  # from which these are drawn: the decoder has to score all that is before
+AUDIT_BATCHES = 4  # from which these are drawn: the decoder has to score all that is before
 AUDIT_TARGETS = 1024  # targets coded, if a batch has windows enough
-AUDIT_STEPS = 32  # of a window; the decoder computes a batch for each
+AUDIT_STEPS = 24  # of a window; the decoder computes a batch for each
 
 
 def hint_orders(keys: Tensor) -> Tensor:

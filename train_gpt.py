@@ -1333,7 +1333,12 @@ ATTENTION_ORDER = {
 }
 FLASH_MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}
 # SDPA's kernels in the order in which "cudnn" has it choose: the first that takes the inputs.
-CUDNN_FIRST = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+CUDNN_FIRST = [
+    nn.attention.SDPBackend.CUDNN_ATTENTION,
+    nn.attention.SDPBackend.FLASH_ATTENTION,
+    nn.attention.SDPBackend.EFFICIENT_ATTENTION,
+    nn.attention.SDPBackend.MATH,
+]
 TRIAL_POSITIONS, TRIAL_LAST = 64, 16  # of the tiny input on which a back end is tried
 TRIAL_WITHIN = 0.05  # of SDPA's result: bfloat16 keeps 8 bits of values of about 1
 
@@ -1355,11 +1360,13 @@ def load_attention(name: str) -> Callable:
     """The function of a back end, with FlashAttention's signature; any exception without it."""
     if name in FLASH_MODULES:
         return importlib.import_module(FLASH_MODULES[name]).flash_attn_func
-    if name == "cudnn":
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        order = [int(getattr(nn.attention.SDPBackend, kernel)) for kernel in CUDNN_FIRST]
-        torch._C._set_sdp_priority_order(order)
     return sdpa_attention
+
+
+def prefer_cudnn() -> None:
+    """From now on SDPA takes cuDNN's kernel wherever it can."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch._C._set_sdp_priority_order([int(kernel) for kernel in CUDNN_FIRST])
 
 
 def try_attention(name: str, cfg: Config, run: Run) -> Callable:
@@ -1376,9 +1383,16 @@ def try_attention(name: str, cfg: Config, run: Run) -> Callable:
         for shape in shapes
     )
     attend = compiled(attention, cfg, run)
-    for last in (TRIAL_POSITIONS, TRIAL_LAST):  # training's positions; evaluation's last block
+    # Training's positions, where cuDNN must do it by itself; then evaluation's last block, whose
+    # mask it may leave to the next kernel.
+    for last in (TRIAL_POSITIONS, TRIAL_LAST):
+        alone = name == "cudnn" and last == TRIAL_POSITIONS
+        kernels = CUDNN_FIRST[:1] if alone else CUDNN_FIRST
         queries = q[:, -last:]
-        y, expected = attend(queries, k, v, causal=True), sdpa_attention(queries, k, v)
+        with nn.attention.sdpa_kernel(kernels, set_priority=True):
+            y = attend(queries, k, v, causal=True)
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            expected = sdpa_attention(queries, k, v)
         if not isinstance(y, Tensor) or y.shape != expected.shape:
             raise TypeError("it does not return a tensor of the queries' shape")
         if not float((y - expected).detach().abs().max()) < TRIAL_WITHIN:
@@ -1406,6 +1420,8 @@ def choose_attention(cfg: Config, run: Run) -> tuple[str, Callable]:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         (works,) = run.of_ranks(float(function is not None))
         if all(works):
+            if name == "cudnn":
+                prefer_cudnn()
             run.attention = name, function
             return run.attention
         run.log(f"attention {name}: not used here ({reason or 'it fails on another rank'})")
@@ -2034,8 +2050,10 @@ class Trainer:
             self.clock_zero = self.run.sync() - self.elapsed
             while self.may_continue():
                 if checkpoint:
-                    with self.clock_stopped():
-                        checkpoint.save_if_due()
+                    checkpoint.note_clock()
+                    if checkpoint.is_due():
+                        with self.clock_stopped():
+                            checkpoint.save()
                 self.take_step()
             if self.stopping:
                 under_torchrun = TORCHRUN_KILLS if dist.is_torchelastic_launched() else ""
@@ -2084,10 +2102,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """The clock stands still."""
+        """The clock stands still until every rank has done what is to be done."""
         stopped = time.perf_counter()
         yield
-        self.clock_zero += self.run.sync() - stopped
+        self.run.of_ranks(self.run.sync())
+        self.clock_zero += time.perf_counter() - stopped
 
     def report(self, before: float, now: float) -> None:
         """Log and validate where due between two times of progress."""
@@ -2152,12 +2171,14 @@ class Checkpoint:
             p.grad = None
             optimizer.adam.state[p]["step"].zero_()
 
-    def save_if_due(self) -> None:
-        """Save after every CHECKPOINT_SECONDS of training time, on which ranks agree, and note that
-        time more often."""
+    def is_due(self) -> bool:
+        """Whether CHECKPOINT_SECONDS of training time have passed, on which ranks agree."""
+        every = self.trainer.cfg.checkpoint_seconds
+        return 0 < every <= self.trainer.elapsed - self.saved_at
+
+    def note_clock(self) -> None:
+        """Note the training time on rank 0, where checkpoints are wanted, every CLOCK_SECONDS."""
         every, now = self.trainer.cfg.checkpoint_seconds, self.trainer.elapsed
-        if 0 < every <= now - self.saved_at:
-            self.save()
         if every and self.run.is_main and now >= self.noted_at + CLOCK_SECONDS:
             with contextlib.suppress(RunError):  # the next note may succeed
                 write_atomic(Path(f"{self.base}.clock"), str(now).encode())
@@ -2922,13 +2943,14 @@ class Grid:
     each rank's targets (start, end).
     """
 
-    def __init__(self, num_targets: int, cfg: Config, stride: int, world_size: int):
+    def __init__(
+        self, num_targets: int, cfg: Config, stride: int, world_size: int, batch_windows: int = 0
+    ):
+        """batch_windows: by default EVAL_BATCH_WINDOWS."""
         self.num_targets, self.last = num_targets, stride
         self.seq_len = min(cfg.eval_seq_len, num_targets)
         self.count = 1 + -(-(num_targets - self.seq_len) // stride)
-        self.batch_windows = cfg.eval_batch_windows
-        if stride == cfg.eval_seq_len:  # a validation: no overlap, whole windows scored
-            self.batch_windows = max(1, cfg.val_batch_size // CHALLENGE_RANKS // cfg.eval_seq_len)
+        self.batch_windows = batch_windows or cfg.eval_batch_windows
         self.count_batches = 1 + -(-(self.count - 1) // self.batch_windows)
         cuts = [self.count_batches * r // world_size for r in range(world_size + 1)]
         ends = [self.scored_before(cut) for cut in cuts]
@@ -2964,6 +2986,12 @@ class Grid:
     def row_of(self, number: int) -> int:
         """Which row of its batch a window is."""
         return max(0, number - 1) % self.batch_windows
+
+    def times(self) -> Tensor:
+        """How many windows score each target, (num_targets,) int64."""
+        _, first, end = self.spans_of(torch.arange(self.count)).unbind(1)
+        begun, ended = (x.bincount(minlength=self.num_targets + 1) for x in (first, end))
+        return (begun - ended).cumsum(0)[:-1]
 
     def sheets(self, numbers: Collection[int]) -> list[Tensor]:
         """Any windows as few batches of the grid's shapes, window numbers (1,) or (batch_windows,)
@@ -3024,10 +3052,13 @@ class NeuralPass:
     uint8, how often `columns` has written each target.
     """
 
-    def __init__(self, model: GPT, data: Data, cfg: Config, run: Run, stride: int):
+    def __init__(
+        self, model: GPT, data: Data, cfg: Config, run: Run, stride: int, batch_windows: int = 0
+    ):
+        """batch_windows: as of Grid."""
         self.cfg, self.run, self.data = cfg, run, data
         self.tokens = data.val.int().to(run.device)
-        self.grid = Grid(len(self.tokens) - 1, cfg, stride, run.world_size)
+        self.grid = Grid(len(self.tokens) - 1, cfg, stride, run.world_size, batch_windows)
         self.start, self.end = self.grid.spans[run.rank]
         self.times = torch.zeros(self.end - self.start, dtype=torch.uint8)
         self.logged_targets, self.logged_bytes = 0, 0
@@ -3110,7 +3141,8 @@ def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
 
 def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     """score_of windows that do not overlap, on rank 0; {} on the others."""
-    neural = NeuralPass(model, data, cfg, run, cfg.eval_seq_len)
+    batch_windows = max(1, cfg.val_batch_size // CHALLENGE_RANKS // cfg.eval_seq_len)
+    neural = NeuralPass(model, data, cfg, run, cfg.eval_seq_len, batch_windows)
     columns = run.gather(neural.columns(), neural.grid.spans)
     return score_of(columns[:, 0], data.val_bytes) if run.is_main else {}
 
@@ -3509,7 +3541,7 @@ def scan_ngrams(
         if rule.buckets and 0 < n <= place:
             wanted = (keys[place] ^ words * prime) & (rule.buckets - 1)
             pairs = pair_keys[order : visible + 1]
-            yield order, scan_buckets(keys[n:visible] == keys[place], pairs, wanted, rule.buckets)
+            yield order, scan_buckets(keys[n:visible] == keys[place], pairs, wanted)
         else:
             yield order, scan_exact(known, ends, words)
         keys = pair_keys
@@ -3524,10 +3556,13 @@ def scan_keys(keys: Tensor, known: Tensor, prime: int, buckets: int) -> Tensor:
     return longer
 
 
-def scan_buckets(same: Tensor, pairs: Tensor, wanted: Tensor, buckets: int) -> Counts:
+def scan_buckets(same: Tensor, pairs: Tensor, wanted: Tensor) -> Counts:
     """Hashed Counts (V,): which places had the target's context, bool, the buckets of what followed
     at each, and those (V,) that each token would have."""
-    pair = torch.bincount(pairs, minlength=buckets)[wanted]
+    asked = wanted.unique().to(pairs.dtype)  # counted alone: a table has more entries than history
+    place = torch.searchsorted(asked, pairs).clamp_(max=len(asked) - 1)
+    counts = torch.bincount(place[asked[place] == pairs], minlength=len(asked))
+    pair = counts[torch.searchsorted(asked, wanted.to(pairs.dtype))]
     return Counts(same.sum().expand(len(wanted)), pair)
 
 
@@ -4044,7 +4079,7 @@ def draw_places(evaluation: Evaluation) -> Places:
     prefix = grid.scored_before(1 + end)
     changed = int(random.randint(1, prefix))
     if grid.window_of(changed) != grid.window_of(changed + 1):
-        changed -= 1  # what is changed has to be in the window, where it could be looked at
+        changed -= 1  # what is changed has to be in the window, where it could be seen, if any is
     windows, steps = [0], min(AUDIT_STEPS, grid.last)  # window 0 of a stream with no other
     if end:
         rows = random.permutation(grid.batch_windows)[: -(-AUDIT_TARGETS // steps)]
@@ -4052,7 +4087,9 @@ def draw_places(evaluation: Evaluation) -> Places:
         windows = drawn[drawn < grid.count].tolist() or [1]
     coded = []
     for _, scored, stop in grid.spans_of(torch.tensor(windows)).tolist():
-        updated = (stop - 1) // cfg.mixer_chunk_tokens * cfg.mixer_chunk_tokens
+        updated = 0
+        if evaluation.headline == "calibrated":
+            updated = (stop - 1) // cfg.mixer_chunk_tokens * cfg.mixer_chunk_tokens
         coded.append((max(scored, stop - steps, updated), stop))
     return Places(samples, changed, prefix, sorted(coded))
 
@@ -4064,12 +4101,20 @@ class Evaluation:
     scorings: all, the headline first. places: targets that the audit looks at. columns:
     NeuralColumns of all targets. rows: {scoring: results}. logp: {scoring: (N,) float64}. mixers:
     {target: the calibrated tables as they were when it was scored}. matched: {scoring: facts on
-    the orders that matched, for the picture}. times: (N,) uint8, how often the pass wrote each
-    target. earlier_seconds: of a neural pass from a file, else 0. artifact: SHA-256 of the
-    artifact, from which the places that the audit looks at are drawn.
+    the orders that matched, for the picture}. times: (N,) integers, how often the pass wrote each
+    target, or, if it is from a file, how often its windows would. earlier_seconds: of a pass from a
+    file, else 0. artifact: SHA-256 of the artifact, from which the places are drawn.
     """
 
-    def __init__(self, model: GPT, data: Data, cfg: Config, run: Run, artifact: str = ""):
+    def __init__(
+        self,
+        model: GPT,
+        data: Data,
+        cfg: Config,
+        run: Run,
+        artifact: str = "",
+        places: Places | None = None,
+    ):
         self.cfg, self.run, self.data, self.artifact = cfg, run, data, artifact
         self.neural = NeuralPass(model, data, cfg, run, cfg.eval_stride)
         self.rules = backoff_rules(cfg) if cfg.ngram_enabled else {}
@@ -4086,7 +4131,7 @@ class Evaluation:
         self.matched: dict[str, dict] = {}
         self.times: Tensor | None = None
         self.pass_seconds, self.earlier_seconds = 0.0, 0.0
-        self.places = draw_places(self)
+        self.places = places or draw_places(self)
 
     def neural_pass(self) -> None:
         """Count, to name the hints, and run the network, or take its columns from a file."""
@@ -4244,15 +4289,14 @@ def neural_pass_base(evaluation: Evaluation) -> str:
 def save_neural_pass(evaluation: Evaluation) -> None:
     """Keep a pass, on rank 0, if that is wanted and it does not come from a file.
 
-    The file holds columns (N,4) float64, NeuralColumns; times (N,) uint8; tokens (N+1,) uint16 and
-    byte_counts (N,) int16, for bench/mixers.py; seconds (), the time that the pass took.
+    The file holds columns (N,4) float64, NeuralColumns; tokens (N+1,) uint16 and byte_counts (N,)
+    int16, for bench/mixers.py; seconds (), the time that the pass took.
     """
     cfg, data = evaluation.cfg, evaluation.data
     if not (cfg.save_pass or cfg.resume_eval) or evaluation.earlier_seconds:
         return
     content = {
         "columns": torch.stack(evaluation.columns, 1),
-        "times": evaluation.times,
         "tokens": data.val.to(torch.uint16),
         "byte_counts": data.val_bytes.short(),
         "seconds": torch.tensor(evaluation.pass_seconds),
@@ -4266,13 +4310,12 @@ def load_neural_pass(evaluation: Evaluation) -> bool:
     if not path.exists():
         evaluation.run.log(f"neural pass: no {path}, so it is made now")
         return False
-    saved, num_targets = read_tensors(path), len(evaluation.data.val) - 1
-    shapes = {"columns": (num_targets, len(NeuralColumns._fields)), "times": (num_targets,)}
-    fits = all(name in saved and saved[name].shape == shape for name, shape in shapes.items())
-    if not fits or "seconds" not in saved:
+    saved, grid = read_tensors(path), evaluation.neural.grid
+    shape = (grid.num_targets, len(NeuralColumns._fields))
+    if not saved.keys() >= {"columns", "seconds"} or saved["columns"].shape != shape:
         raise RunError(f"{path}: not the neural pass that its name says; delete it")
     evaluation.columns = NeuralColumns(*(c.contiguous() for c in saved["columns"].unbind(1)))
-    evaluation.times = saved["times"]
+    evaluation.times = grid.times()
     evaluation.earlier_seconds = float(saved["seconds"])
     evaluation.run.log(f"neural pass: {path}, made in {evaluation.earlier_seconds:.1f} s")
     return True
@@ -4298,13 +4341,10 @@ SCORE_WITHIN = 1e-4  # of the score, in nats
 CODED_SHARE, CODED_BITS = 1e-3, 64  # of the claim: a coder's fixed-point loss and its last words
 
 
-def evaluate_alone(
-    model: GPT, val: Tensor, cfg: Config, run: Run, places: Places | None = None
-) -> Evaluation:
+def evaluate_alone(model: GPT, val: Tensor, cfg: Config, run: Run, places: Places) -> Evaluation:
     """An evaluation of another stream after its neural pass, on this rank alone."""
     data = Data(None, None, None, val, {})
-    evaluation = Evaluation(model, data, cfg, run.alone())
-    evaluation.places = places or evaluation.places
+    evaluation = Evaluation(model, data, cfg, run.alone(), places=places)
     evaluation.neural_pass()
     return evaluation
 
@@ -4357,7 +4397,8 @@ def rescore(evaluation: Evaluation) -> dict:
     """The network's columns in some windows, computed again.
 
     rescore_error: largest difference in nats; finds_one_score, finds_one_percent: the probability
-    with which the windows show one altered score, or that a window in a hundred is altered.
+    with which the windows show that one score, or that a window in a hundred, is altered, both
+    outside of the first window, which is always looked at.
     """
     neural, windows = evaluation.neural, draw_windows(evaluation)
     num_targets = neural.grid.num_targets
@@ -4365,19 +4406,24 @@ def rescore(evaluation: Evaluation) -> dict:
     if evaluation.cfg.ngram_enabled:
         hints = stream_hints(neural.tokens, (0, num_targets), evaluation.cfg).long().clamp(min=0)
     errors, compared = [], 0
-    count, drawn = neural.grid.count, len(windows)
-    altered = -(-count // 100)
     for sheet in neural.grid.sheets(windows):
         inputs, targets, scored = neural.grid.places(sheet.to(hints.device))
         again = neural.score(inputs, targets, hints[targets])[scored].cpu()
         given = torch.stack([column[targets[scored].cpu()] for column in evaluation.columns], 1)
         errors.append(float((again - given).abs().max()))
         compared += len(given)
+    first = neural.grid.seq_len  # targets of the first window
+    count, drawn = neural.grid.count - 1, len(windows) - 1
+    altered = -(-count // 100)
+    one_score, one_percent = 1.0, 1.0
+    if drawn < count:
+        one_score = (compared - first) / (num_targets - first)
+        one_percent = 1 - math.comb(count - altered, drawn) / math.comb(count, drawn)
     return {
         "rescored": compared,
         "rescore_error": float(np.max(errors)),
-        "finds_one_score": compared / num_targets,
-        "finds_one_percent": 1 - math.comb(count - altered, drawn) / math.comb(count, drawn),
+        "finds_one_score": one_score,
+        "finds_one_percent": one_percent,
     }
 
 
@@ -4415,7 +4461,7 @@ def audit_single_pass(evaluation: Evaluation) -> dict:
         "passed": bool((times == 1).all()) and bool(scored.all()) and wrong == 0,
         "targets": len(times),
         "most_times": int(times.max()),
-        "unscored": int((~scored | (times == 0).cpu()).sum()),
+        "unscored": int((~scored | (times == 0)).sum()),
         "rebuilt_tables": len(rebuilt),
         "wrong_tables": wrong,
         "share": 1.0,

@@ -194,6 +194,16 @@ def test_no_installed_package_can_end_an_auto_run(data, monkeypatch, capsys, ins
         golf.choose_attention(golf.replace(cfg, attention="flash2"), run)
 
 
+def test_sdpa_does_not_pass_for_cudnn(data, monkeypatch, capsys):
+    """Where cuDNN's kernel cannot run, here on a CPU, the next is taken and no priority is left."""
+    cfg, run, _ = data
+    monkeypatch.setitem(golf.ATTENTION_ORDER, "cpu", ("cudnn", "sdpa"))
+    monkeypatch.setattr(run, "attention", None)
+    monkeypatch.setattr(golf, "prefer_cudnn", lambda: pytest.fail("cuDNN is not there"))
+    assert golf.choose_attention(cfg, run)[0] == "sdpa"
+    assert "attention cudnn: not used here (RuntimeError" in capsys.readouterr().out
+
+
 def test_an_installed_package_that_works_is_taken(data, monkeypatch):
     cfg, run, _ = data
     package = types.ModuleType("flash_attn")

@@ -347,7 +347,7 @@ def test_the_clock_stands_still_for_validation_and_for_nothing_else(data, monkey
     began = time.perf_counter()
     trainer.train()
     total = time.perf_counter() - began
-    assert trainer.steps == 3 == len(exchanges)
+    assert trainer.steps == 3 and len(exchanges) == 3 + 2
     assert validations == [2, 3]
     assert 0.4 <= trainer.elapsed <= total - 2 * 0.7 - 0.2  # the last line is after the last step
     assert run.record["trained"][-1]["train_seconds"] == round(trainer.elapsed, 3)
@@ -386,3 +386,31 @@ def test_a_killed_run_has_noted_its_clock(job, tmp_path):
     process.kill()
     process.communicate(timeout=60)
     assert 1.0 <= float(path.read_text()) < 60
+
+
+SLOW_FIRST_RANK = """
+import sys
+import time
+import train_gpt as golf
+score_of = golf.score_of
+def slow(*values):  # of a validation, on rank 0 alone
+    time.sleep(1.5)
+    return score_of(*values)
+golf.score_of = slow
+sys.exit(golf.main())
+"""
+
+
+def test_no_rank_counts_what_another_validates(workplace, tmp_path):
+    """Two ranks: the second is done with a validation long before the first."""
+    folder, env = workplace
+    (tmp_path / "slow.py").write_text(SLOW_FIRST_RANK)
+    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+    env |= dict(LOGS_PATH=str(tmp_path), SCHEDULE_STEPS="6", VAL_LOSS_EVERY="1", VAL_TOKENS="64")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "slow.py")], cwd=folder, env=env, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("val_loss:") >= 6
+    assert float(re.search(r"train_seconds:(\S+)", done.stdout)[1]) < 5 * 1.5

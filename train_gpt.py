@@ -4055,43 +4055,52 @@ class Places(NamedTuple):
         return [*self.samples, self.changed, *(first for first, _ in self.coded)]
 
 
-def draw_places(evaluation: Evaluation) -> Places:
-    """Places by the artifact's hash, which nobody can choose once the score is known.
-
-    `coded` are windows in different rows of a batch, so that one batch serves a decoder of each;
-    of a window its last targets, since an update of the calibrated tables if there is one, so that
-    one state of these serves them all.
-    """
+def audited_batches(evaluation: Evaluation) -> range:
+    """Batches of which windows are coded: after AUDIT_UPDATES, or the last of a short stream."""
     cfg, grid = evaluation.cfg, evaluation.neural.grid
+    rule = evaluation.rules.get(evaluation.headline, EXACT)
+    updates = AUDIT_UPDATES * max(rule.granularity, cfg.mixer_chunk_tokens)
+    known = max(rule.first + updates, cfg.ngram_start_tokens)  # targets before the first batch
+    batches = grid.count_batches - 1  # batch 0 is no whole one
+    if rule.cold:  # the next rank's history begins with its span
+        batches = len(next(filter(len, grid.batches))) - 1
+    first = min(-(-known // (grid.last * grid.batch_windows)), max(0, batches - AUDIT_BATCHES))
+    return range(1 + first, 1 + min(first + AUDIT_BATCHES, batches))
+
+
+def draw_runs(
+    evaluation: Evaluation, random: np.random.RandomState, batches: range
+) -> list[tuple[int, int]]:
+    """Runs of targets (first, end) in windows in different rows of a batch, so that one batch
+    serves a decoder of each: their last AUDIT_STEPS targets, since an update of the calibrated
+    tables if there is one, so that one state of these serves a run."""
+    grid, chunk = evaluation.neural.grid, evaluation.cfg.mixer_chunk_tokens
+    windows, steps = [0], min(AUDIT_STEPS, grid.last)  # window 0 of a stream with no other
+    if batches:
+        rows = random.permutation(grid.batch_windows)[: -(-AUDIT_TARGETS // steps)]
+        drawn = random.randint(batches.start, batches.stop, len(rows))
+        numbers = 1 + (drawn - 1) * grid.batch_windows + rows
+        windows = numbers[numbers < grid.count].tolist() or [1]
+    runs = []
+    for _, scored, end in grid.spans_of(torch.tensor(windows)).tolist():
+        updated = (end - 1) // chunk * chunk if evaluation.headline == "calibrated" else 0
+        runs.append((max(scored, end - steps, updated), end))
+    return sorted(runs)
+
+
+def draw_places(evaluation: Evaluation) -> Places:
+    """Places by the artifact's hash, which nobody can choose once the score is known."""
+    grid, batches = evaluation.neural.grid, audited_batches(evaluation)
     digest = hashlib.sha256(evaluation.artifact.encode()).digest()
     random = np.random.RandomState(list(digest))
     affordable = MASS_SCANNED_TOKENS // grid.num_targets
     count = max(LEAST_MASS_POSITIONS, min(MASS_POSITIONS, affordable))
     samples = random.randint(0, grid.num_targets, count).tolist()
-    rule = evaluation.rules.get(evaluation.headline, EXACT)
-    updates = AUDIT_UPDATES * max(rule.granularity, cfg.mixer_chunk_tokens)
-    known = max(rule.first + updates, cfg.ngram_start_tokens)
-    batches = grid.count_batches - 1
-    if rule.cold:  # the next rank's history begins with its span
-        batches = len(next(filter(len, grid.batches))) - 1
-    first = min(-(-known // (grid.last * grid.batch_windows)), max(0, batches - AUDIT_BATCHES))
-    end = min(first + AUDIT_BATCHES, batches)
-    prefix = grid.scored_before(1 + end)
+    prefix = grid.scored_before(max(1, batches.stop))
     changed = int(random.randint(1, prefix))
     if grid.window_of(changed) != grid.window_of(changed + 1):
         changed -= 1  # what is changed has to be in the window, where it could be seen, if any is
-    windows, steps = [0], min(AUDIT_STEPS, grid.last)  # window 0 of a stream with no other
-    if end:
-        rows = random.permutation(grid.batch_windows)[: -(-AUDIT_TARGETS // steps)]
-        drawn = 1 + random.randint(first, end, len(rows)) * grid.batch_windows + rows
-        windows = drawn[drawn < grid.count].tolist() or [1]
-    coded = []
-    for _, scored, stop in grid.spans_of(torch.tensor(windows)).tolist():
-        updated = 0
-        if evaluation.headline == "calibrated":
-            updated = (stop - 1) // cfg.mixer_chunk_tokens * cfg.mixer_chunk_tokens
-        coded.append((max(scored, stop - steps, updated), stop))
-    return Places(samples, changed, prefix, sorted(coded))
+    return Places(samples, changed, prefix, draw_runs(evaluation, random, batches))
 
 
 class Evaluation:

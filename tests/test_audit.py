@@ -324,3 +324,36 @@ def test_what_a_gpu_runs_is_proved(job, processes):
     assert done.record["model"][-1]["compute"] == "bfloat16"
     assert rows["decodable"]["score_error"] <= 1e-4 >= rows["normalized"]["rescore_error"]
     assert rows["decodable"]["targets"] == 128 and done.record["trained"][0]["recompiles"] == 0
+
+
+@pytest.mark.parametrize("scoring", ["neural", "calibrated", "backoff_hashed"])
+@pytest.mark.parametrize("recipe", ["golf", "pr889", "pr1094"])
+def test_places_lie_where_the_checks_can_see(recipe, scoring):
+    """Of many artifacts: the replaced tokens begin inside a window; coded runs are in whole windows
+    of rows of their own, after no update of tables, and in the first rank's history if it is
+    cold."""
+    cfg = golf.replace(golf.Config(), **golf.RECIPES[recipe])
+    cfg = golf.replace(cfg, eval_seq_len=64, eval_stride=16, eval_batch_windows=8)
+    cfg = golf.replace(cfg, mixer_chunk_tokens=40)
+    seen = set()
+    for number in range(60):
+        grid = golf.Grid(64 * (1 + number), cfg, 16, 2)
+        evaluation = types.SimpleNamespace(
+            cfg=cfg,
+            neural=types.SimpleNamespace(grid=grid),
+            rules=golf.backoff_rules(cfg),
+            headline=scoring,
+            artifact=str(number),
+        )
+        places = golf.draw_places(evaluation)
+        assert grid.window_of(places.changed) == grid.window_of(places.changed + 1)
+        assert 0 <= places.changed < places.prefix <= grid.num_targets
+        windows = [grid.window_of(end - 1) for _, end in places.coded]
+        assert len({grid.row_of(window) for window in windows}) == len(windows)
+        for window, (first, end) in zip(windows, places.coded, strict=True):
+            assert grid.window_of(first) == window and first < end <= places.prefix
+            assert scoring != "calibrated" or first // 40 == (end - 1) // 40
+            if scoring == "backoff_hashed" and recipe == "pr889":
+                assert end <= next(b for a, b in grid.spans if b > a)
+        seen.add((places.changed, *places.samples))
+    assert len(seen) == 60

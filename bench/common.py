@@ -7,6 +7,7 @@ operation after the other. It is what a reader would write first; nothing in it 
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -186,13 +187,13 @@ class PlainGPT(nn.Module):
 
 
 def setup(scale, **sizes):
-    """(Config, Run, golf.GPT, PlainGPT) of the recipe golf, with equal weights.
+    """(Config, Run, golf.GPT, PlainGPT) of the environment's settings, with equal weights.
 
     Every parameter is moved away from its start, where the zeros would hide differences.
     """
     device = "cuda" if scale == "full" else "cpu"
     logs = tempfile.mkdtemp()
-    cfg, _ = golf.load_config(dict(SCALE=scale, DEVICE=device, LOGS_PATH=logs))
+    cfg, _ = golf.load_config(os.environ | dict(SCALE=scale, DEVICE=device, LOGS_PATH=logs))
     cfg = golf.replace(cfg, **sizes)
     run = golf.Run(cfg)
     model = golf.build_model(cfg, run)

@@ -579,7 +579,7 @@ class Day:
     def environment(self, stage: Stage, command: Command) -> dict[str, str]:
         """The variables that a command is given on top of the caller's."""
         env = {name: value.format(out=self.out) for name, value in command.env.items()}
-        if env and self.small:  # a command without variables reads none
+        if self.small:
             env |= SMALL | command.small_env
         env |= self.data
         env["LOGS_PATH"] = str(self.out / stage.letter / command.name)

@@ -214,10 +214,16 @@ def versus_figures(folder: Path, log: str) -> dict:
 
 
 def count_figures(folder: Path, log: str) -> dict:
-    """{"device tokens mode": the other columns, by their heads} of bench/ngram_counts.py."""
+    """{"device tokens mode": the other columns, by their heads} of bench/ngram_counts.py, and
+    {"mixing tokens": seconds and memory} of columns and mixing."""
     figures: dict[str, dict] = {}
     heads: list[str] = []
     for line in log.splitlines():
+        mixing = re.match(r"\s*([\d,]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)$", line)
+        if mixing:
+            values = map(float, mixing.groups()[1:])
+            names = ("columns_seconds", "mixing_seconds", "gib")
+            figures[f"mixing {mixing[1]}"] = dict(zip(names, values, strict=True))
         cells = re.split(r"\s{2,}", line.strip())
         if cells[:2] == ["device", "tokens"]:
             heads = cells
@@ -263,12 +269,26 @@ def scored(recipe: str, stage: str) -> Command:
     return Command(recipe, RUN, FULL | TIMED | env | {"AUDIT": "1"}, small_env={"AUDIT": "0"})
 
 
-def counted(*sizes: str) -> Command:
-    """Counts of the first so many million tokens of a training shard."""
+def counted(name: str, args: tuple[str, ...], small_args: tuple[str, ...]) -> Command:
+    """bench/ngram_counts.py on a training shard."""
     data = ("--repeats", "1", "--tokens", "{shard}")
-    small = ("--sizes", "0.02", "--window-tokens", "2000", *data)
-    name = f"counts{sizes[-1]}"
-    return Command(name, "bench/ngram_counts.py", {}, ("--sizes", *sizes, *data), {}, small)
+    return Command(name, "bench/ngram_counts.py", {}, (*args, *data), {}, (*small_args, *data))
+
+
+def against_plain(letter: str, name: str, what: str, minutes: int) -> Stage:
+    """A stage of bench/<what>.py, which times ours against a plain implementation."""
+    command = Command(
+        name, f"bench/{what}.py", args=("--seconds", "30", "--profile"), small_args=QUICK
+    )
+    return Stage(
+        letter,
+        name,
+        f"{what.replace('_', ' ')} against a plain one: time, memory, MFU, ten longest kernels",
+        minutes,
+        (command,),
+        versus_figures,
+        (f"{what}_full_cuda", f"{what}_demo_cpu"),
+    )
 
 
 def strided(stride: int) -> Command:
@@ -297,38 +317,8 @@ STAGES = (
         ("golf.steps", "golf.step_ms", "golf.warmup_seconds", "golf.eval_seconds", "golf.bpb"),
         discards=PASSES,
     ),
-    Stage(
-        "b",
-        "step",
-        "training step against a plain one: time, memory, MFU, ten longest kernels",
-        6,
-        (
-            Command(
-                "step",
-                "bench/training_step.py",
-                args=("--seconds", "30", "--profile"),
-                small_args=QUICK,
-            ),
-        ),
-        versus_figures,
-        ("training_step_full_cuda", "training_step_demo_cpu"),
-    ),
-    Stage(
-        "c1",
-        "pass",
-        "neural pass against a plain one: time, memory, MFU, ten longest kernels",
-        5,
-        (
-            Command(
-                "pass",
-                "bench/neural_pass.py",
-                args=("--seconds", "30", "--profile"),
-                small_args=QUICK,
-            ),
-        ),
-        versus_figures,
-        ("neural_pass_full_cuda", "neural_pass_demo_cpu"),
-    ),
+    against_plain("b", "step", "training_step", 6),
+    against_plain("c1", "pass", "neural_pass", 5),
     Stage(
         "c2",
         "strides",
@@ -343,11 +333,18 @@ STAGES = (
     Stage(
         "d1",
         "counting",
-        "n-gram counts (and what else the bench times) at 0.5 to 62 M tokens",
+        "n-gram counts at 0.5 to 62 M tokens; the mixer's columns and mixing at 8 and 62 M",
         8,
-        (counted("0.5", "2", "8"), counted("62")),  # a GPU counts 62 M in the first, too
+        (
+            counted(  # a GPU counts 62 M as well
+                "counts",
+                ("--sizes", "0.5", "2", "8", "--mixing"),
+                ("--sizes", "0.02", "--window-tokens", "2000", "--mixing"),
+            ),
+            counted("mixing", ("--sizes", "--mixing", "8", "62"), ("--sizes", "--mixing", "0.02")),
+        ),
         count_figures,
-        ("cuda 62,000,000 exact", "cpu 20,000 exact"),
+        ("cuda 62,000,000 exact", "mixing 62,000,000", "cpu 20,000 exact", "mixing 20,000"),
         (START,),
     ),
     Stage(

@@ -13,9 +13,16 @@ longest match only, ours every column of every order.
 in a process of its own, whose peak memory counts the tokens and the network's columns (made up
 here). --baseline does the same with another revision's train_gpt.py in the same run, after a
 comparison of the results.
+
+    python bench/ngram_counts.py --sizes --mixing --launches --scans 62 [--tokens ...]
+
+--launches counts the kernels that each of this takes on CUDA at 62 M tokens, on the CPU: a short
+stream in as many blocks, chunks of mixing times their number. --scans times the audit's scans of a
+stream, of one sampled target.
 """
 
 import argparse
+import collections
 import hashlib
 import importlib.util
 import json
@@ -29,12 +36,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import golf
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_ORDER, BUCKETS, WINDOW, MIN_COUNT, VOCAB = 10, 2**22, 32, 2, 1024
 COMPARED = 300_000  # tokens at which two revisions' results are compared
+FULL_TARGETS, CHUNK = 62_021_632, 8192  # the challenge's, and between updates of the mixer's tables
+LAUNCH_SECONDS = 8e-6  # of a kernel
+# Operations without a kernel, and those for whose result the host waits.
+VIEWS = "slice select view t expand unsqueeze detach squeeze alias unbind transpose permute split"
+VIEWS = {*VIEWS.split(), "empty", "empty_like", "as_strided", "_unsafe_view", "lift_fresh"}
+WAITS = {"_local_scalar_dense", "nonzero", "bincount"}
 PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 174763, 233017), dtype=np.int64)
 
 
@@ -251,6 +265,65 @@ def bench_mixing(stream, sizes, revision):
             mixing_line(int(1e6 * size), ours, measured(baseline, path) if baseline else None)
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations by name while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count[operation.__name__.split(".")[0]] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def launch_line(name, work, times=1):
+    """Print the table's line of some work that is done so many times; its result."""
+    with Launches() as seen:
+        result = work()
+    kernels = times * sum(n for op, n in seen.count.items() if op not in VIEWS | WAITS)
+    waits = times * sum(seen.count[op] for op in WAITS)
+    kernels += waits
+    print(f"{name:18}{kernels:12,.0f}{waits:9,.0f}{LAUNCH_SECONDS * kernels:9.1f}", flush=True)
+    return result
+
+
+def bench_launches(stream):
+    """Kernels, and waits of the host for a result, of what comes beside the network on CUDA."""
+    tokens = torch.from_numpy(stream[: COMPARED + 1])
+    size = len(tokens) - 1
+    mixed = min(size, 8 * CHUNK)
+    blocks = -(-FULL_TARGETS // golf.BLOCK["cuda"])
+    golf.BLOCK = {"cpu": -(-size // blocks)}
+    cfg = golf.Config()
+    rule = golf.backoff_rules(cfg)["backoff_hashed"]
+
+    def hashed():
+        return golf.backoff_columns(rule.counted(tokens, (0, size), cfg), rule.match, cfg)
+
+    print(f"{'work':18}{'kernels':>12}{'waits':>9}{'s':>9}   (at {1e6 * LAUNCH_SECONDS:.0f} us)")
+    launch_line("hints", lambda: golf.stream_hints(tokens, (0, size), cfg))
+    ngram = launch_line("columns", lambda: golf.stream_columns(tokens, (0, size), cfg))
+    neural = made_up_columns(size).unbind(1)
+    inputs = golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:]).part(0, mixed)
+    launch_line("mixing", lambda: golf.mix(inputs, CHUNK), FULL_TARGETS / mixed)
+    launch_line("a hashed rule", hashed)
+
+
+def bench_scans(stream, sizes):
+    """Seconds of the audit's scans for one target near the end of a stream."""
+    cfg = golf.Config()
+    rules = {"exact": (golf.EXACT, cfg.mixer_max_order)}
+    rules["hashed"] = (golf.backoff_rules(cfg)["backoff_hashed"], cfg.ngram_max_order)
+    for size in sizes:
+        tokens = torch.from_numpy(stream[: int(1e6 * size)])
+        for name, (rule, order) in rules.items():
+            began = clock("cpu")
+            collections.deque(golf.scan_ngrams(tokens, len(tokens) - 2, rule, order, cfg), 0)
+            taken = clock("cpu") - began
+            print(f"a scan of {len(tokens):,} tokens, {name}, orders to {order}: {taken:.2f} s")
+
+
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -260,6 +333,8 @@ def arguments():
     parser.add_argument("--window-tokens", type=int, default=200_000)
     parser.add_argument("--mixing", type=float, nargs="*", default=[8])
     parser.add_argument("--baseline", metavar="REVISION")
+    parser.add_argument("--launches", action="store_true")
+    parser.add_argument("--scans", type=float, nargs="*", default=[])
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -290,12 +365,16 @@ def main():
     sizes = {"cpu": args.sizes}
     if torch.cuda.is_available() and args.sizes:
         sizes["cuda"] = [*args.sizes, 62.0]
-    longest = int(1e6 * max([0.5, *sum(sizes.values(), []), *args.mixing]))
+    longest = int(1e6 * max([0.5, *sum(sizes.values(), []), *args.mixing, *args.scans]))
     stream = load_tokens(args.tokens) if args.tokens else make_stream(longest)
     if args.sizes:
         bench_counts(stream, sizes, args)
     if args.mixing:
         bench_mixing(stream, args.mixing, args.baseline)
+    if args.scans:
+        bench_scans(stream, args.scans)
+    if args.launches:  # last: it changes the size of blocks
+        bench_launches(stream)
 
 
 if __name__ == "__main__":

@@ -69,20 +69,26 @@ def killed_after(job, step, logs, processes=1, **variables):
     process.communicate(timeout=60)
 
 
+def resumed(job, logs, processes=1):
+    """Go on with what killed_after has left."""
+    done = job(
+        processes,
+        RESUME="1",
+        ITERATIONS="12",
+        NGRAM_ENABLED="0",
+        TRAIN_LOG_EVERY="1",
+        LOGS_PATH=str(logs),
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize("processes, again", [(1, 1), (2, 2), (1, 2)])
 def test_a_resumed_training_is_the_uninterrupted_one(job, whole, tmp_path, processes, again):
     """To the last bit on as many ranks; on others up to rounding."""
     killed_after(job, 7, tmp_path, processes)
     assert not (tmp_path / f"{NAME}.safetensors").exists()
-    done = job(
-        again,
-        RESUME="1",
-        ITERATIONS="12",
-        NGRAM_ENABLED="0",
-        TRAIN_LOG_EVERY="1",
-        LOGS_PATH=str(tmp_path),
-    )
-    assert done.returncode == 0, done.stderr
+    done = resumed(job, tmp_path, again)
     steps = int(re.search(r"^resumed .*checkpoint: (\d+) steps", done.stdout, re.M)[1])
     assert 6 <= steps <= 8
     assert f"step:{steps}/12 train_loss" not in done.stdout
@@ -356,14 +362,7 @@ def test_the_clock_stands_still_for_validation_and_for_nothing_else(data, monkey
 def test_a_resumed_run_counts_the_time_that_was_lost(job, tmp_path):
     killed_after(job, 3, tmp_path)
     (tmp_path / f"{NAME}.clock").write_text("100.25")
-    done = job(
-        RESUME="1",
-        ITERATIONS="12",
-        NGRAM_ENABLED="0",
-        TRAIN_LOG_EVERY="1",
-        LOGS_PATH=str(tmp_path),
-    )
-    assert done.returncode == 0, done.stderr
+    done = resumed(job, tmp_path)
     assert re.search(
         r"^resumed .* steps, 100\.2 s, of which (99|100)\.\d s were lost", done.stdout, re.M
     )

@@ -156,6 +156,7 @@ class ModelSettings:
     mlp_mult: float = setting(3.0, "hidden width of the MLP over model_dim", (0.1, 64))
     relu_slope: float = setting(0.5, "MLP activation: leaky_relu(x, slope) squared", FRACTION)
     tied_embed_init_std: float = setting(0.005, "std of the token embedding at the start")
+    proj_init_gain: float = setting(1.0, "gain at the start of bigram_proj and value_proj")
     logit_softcap: float = setting(30.0, "logits are softcap*tanh(x/softcap)", (1e-3, 1e6))
     qk_gain_init: float = setting(1.5, "start of the queries' per-head gain")
     rope_base: float = setting(10000.0, "base of the rotary embedding (RoPE)", (1, 1e9))
@@ -268,6 +269,7 @@ class MixingSettings:
     ngram_buckets: int = setting(2**22, "hashed: buckets of an order's table", (1, 2**30))
     ngram_match: str = setting("context", "hashed: what counts as a match", ["context", "pair"])
     ngram_granularity: str = setting("window", "hashed: counts lag", ["token", "window", "batch"])
+    ngram_batch_windows: int = setting(128, "hashed: windows of a batch of counts", POSITIVE)
     ngram_history: str = setting("prefill", "hashed: a rank's start", ["prefill", "cold"])
     ngram_primes: tuple[int, ...] = setting(
         (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens"
@@ -295,53 +297,57 @@ FIELDS = {f.name: f for section in SECTIONS.values() for f in section}
 # Settings that determine the network's function, which the artifact's header holds: equal weights
 # give equal bytes, whatever the run was called. One that is added here must by default change
 # nothing, for artifacts that do not name it are read with its default.
-TRAINING_ONLY_SETTINGS = {"tied_embed_init_std", "qk_gain_init", "mtp_num_heads", "mtp_loss_weight"}
+INITIAL_SETTINGS = {"tied_embed_init_std", "proj_init_gain", "qk_gain_init"}
+TRAINING_ONLY_SETTINGS = INITIAL_SETTINGS | {"mtp_num_heads", "mtp_loss_weight"}
 ARCHITECTURE = [f.name for f in fields(ModelSettings) if f.name not in TRAINING_ONLY_SETTINGS]
 ARCHITECTURE += ["vocab_size", "matrix_bits", "embed_bits"]
 
 # The four submissions, openai/parameter-golf pull requests 889, 806, 890 and 1094.
-# schedule_steps: steps that their published runs took.
+# schedule_steps: steps that their published runs took. proj_init_gain: three of them divide the
+# start of every projection by sqrt(2 NUM_LAYERS), and other projections start at 0.
+SUBMITTED: dict[str, Any] = {"gptq_seconds": 0.0, "scoring": "backoff", "ngram_table": "hashed"}
 RECIPES: dict[str, dict[str, Any]] = {
     "golf": {},
-    "pr889": {
+    "pr889": SUBMITTED
+    | {
         "xsa_last_n": 4,
         "value_residual": True,
+        "proj_init_gain": 22**-0.5,
         "schedule_steps": 6760,
         "compressor": "lzma",
-        "scoring": "backoff",
-        "ngram_table": "hashed",
         "ngram_history": "cold",
         "ngram_primes": (36313, 27191, 51647, 81929, 131071, 175447, 209591),
     },
-    "pr806": {
+    "pr806": SUBMITTED
+    | {
         "relu_slope": 0.9,
         "ve_enabled": False,
         "xsa_last_n": 0,
         "rope_dims": 64,
         "ln_scale": False,
+        "proj_init_gain": 22**-0.5,
         "schedule_steps": 7185,
         "warmdown_iters": 3000,
         "averaging": "swa",
         "compressor": "zstd",
-        "scoring": "backoff",
-        "ngram_table": "hashed",
     },
-    "pr890": {
+    "pr890": SUBMITTED
+    | {
         "num_kv_heads": 8,
         "mlp_mult": 3.5,
         "bigram_vocab_size": 4096,
+        "proj_init_gain": 22**-0.5,
         "schedule_steps": 5180,
         "matrix_bits": 5,
         "compressor": "zstd",
         "eval_stride": 32,
-        "scoring": "backoff",
-        "ngram_table": "hashed",
         "ngram_max_order": 9,
         "ngram_ent_center": (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6),
         "ngram_match": "pair",
         "ngram_primes": (*Config.ngram_primes, 299993, 350377),
     },
-    "pr1094": {
+    "pr1094": SUBMITTED
+    | {
         "relu_slope": 0.75,
         "xsa_last_n": 4,
         "mtp_num_heads": 2,
@@ -350,8 +356,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmdown_iters": 3700,
         "matrix_lr": 0.027,
         "compressor": "lzma",
-        "scoring": "backoff",
-        "ngram_table": "hashed",
         "ngram_max_order": 10,
         "ngram_min_count": 1,
         "ngram_ent_base": 0.2,
@@ -1313,7 +1317,8 @@ def prepare_text(cfg: Config, run: Run) -> Path:
 # parameter in none of the lists below is AdamW's at SCALAR_LR and stored as float16. There is one
 # walk over the blocks; evaluation asks it for the last positions only.
 
-BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "bigram_proj", "value_proj")
+PROJECTIONS = ("bigram_proj", "value_proj")  # of embeddings that are narrower than the trunk
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", *PROJECTIONS)
 EMBEDDINGS = ("tok_emb", "bigram_emb", "value_emb")
 TRAINING_ONLY = ("mtp_heads",)  # never exported
 ROPE_UNSTRETCHED_LEN = 1024  # longest window that uses ROPE_BASE as it is (the submissions' rule)
@@ -1519,8 +1524,9 @@ class GPT(nn.Module):
                 p.copy_(torch.empty(p.shape).normal_(0.0, stds[name], generator=generator))
             elif name in BANKS and name != "mlp_down_bank":
                 count = self.cfg.num_layers if name == "qo_bank" else len(p)
+                gain = self.cfg.proj_init_gain if name in PROJECTIONS else 1.0
                 for i in range(count):
-                    p[i] = nn.init.orthogonal_(torch.empty(p[i].shape), generator=generator)
+                    p[i] = nn.init.orthogonal_(torch.empty(p[i].shape), gain, generator=generator)
         self.resid_mix[:, 0] = 1.0
         return self
 
@@ -3590,7 +3596,6 @@ def scan_exact(known: Tensor, ends: Tensor, words: Tensor) -> Counts:
 # or a match that looks at the target, it is not: the ratios then sum to hundreds (docs/mixer.md).
 
 PROBABILITY_FLOOR = 1e-12  # of #889, #806 and #1094
-BATCH_WINDOWS = 128  # windows between updates of #1094's tables
 
 
 class BackoffColumns(NamedTuple):
@@ -3602,8 +3607,8 @@ class BackoffColumns(NamedTuple):
 
 def backoff_rules(cfg: Config) -> dict[str, BackoffRule]:
     """Every backoff scoring of a run, by its name in the score table."""
-    windows_between = {"token": 0, "window": 1, "batch": BATCH_WINDOWS}[cfg.ngram_granularity]
-    lag = windows_between * cfg.eval_stride
+    windows_between = {"token": 0, "window": 1, "batch": cfg.ngram_batch_windows}
+    lag = windows_between[cfg.ngram_granularity] * cfg.eval_stride
     rules = {
         "backoff_exact": EXACT,
         "backoff_hashed": BackoffRule(

@@ -60,6 +60,15 @@ def test_every_rule_on_real_text(data, recipe, granularity):
     agrees(data[2].val[:1001], recipe_config(recipe, granularity))
 
 
+@pytest.mark.parametrize("windows", [1, 64, 128])
+def test_windows_of_a_batch_are_a_setting(data, windows):
+    """Two of #1094's three seeds updated their tables every 64 windows, one every 128."""
+    cfg = recipe_config("pr1094", NGRAM_BATCH_WINDOWS=str(windows))
+    rule = golf.backoff_rules(cfg)["backoff_hashed"]
+    assert rule.granularity == windows * cfg.eval_stride
+    agrees(data[2].val[:1001], cfg)
+
+
 @pytest.mark.parametrize("recipe", golf.RECIPES)
 def test_a_rank_in_the_middle_scores_as_the_rule_says(data, recipe):
     """From its span alone if the history is cold, else as one pass over everything before it."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_gpt as golf
+from conftest import TINY
 
 RECIPES = {
     name: {k: v for k, v in values.items() if k in golf.ARCHITECTURE or "mtp" in k}
@@ -96,6 +97,18 @@ def test_every_option_changes_the_network(tiny_model, option, value):
     tokens = batch(cfg)
     with torch.no_grad():
         assert not torch.allclose(model.logits(tokens), other.logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", golf.RECIPES)
+def test_projections_start_as_the_submissions_do(recipe):
+    """Orthogonal, times the gain: as published 1/sqrt(22) in three, 1 in #1094 and ours."""
+    cfg, _ = golf.load_config(TINY | dict(RECIPE=recipe))
+    gain = 1.0 if recipe in ("golf", "pr1094") else 22**-0.5
+    model = golf.GPT(cfg, golf.sdpa_attention).initialize(1)
+    for name in golf.PROJECTIONS:
+        if (projection := getattr(model, name, None)) is not None:
+            gram = projection[0].mT @ projection[0]
+            assert torch.allclose(gram, gain**2 * torch.eye(len(gram)), atol=1e-5), name
 
 
 def test_xsa_leaves_nothing_along_the_own_value():

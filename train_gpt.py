@@ -169,6 +169,13 @@ class ModelSettings:
     ve_layers: tuple[int, ...] = setting((9, 10), "layers with a value embedding")
     xsa_last_n: int = setting(11, "last layers with exclusive self-attention (XSA)")
     value_residual: bool = setting(False, "mix every layer's values with the first layer's")
+    loop_first: int = setting(3, "first of the blocks that are visited loop_passes times", POSITIVE)
+    loop_last: int = setting(5, "last of them", POSITIVE)
+    loop_passes: int = setting(1, "visits of each of them in a pass; 1: no loop", (1, 16))
+    skip_gates: bool = setting(False, "skips are interpolated by a learned gate, not added")
+    lanes_from: int = setting(0, "first layer with two residual lanes; 0: none")
+    attn_gate: bool = setting(False, "a gate a head on attention's output, by its input")
+    content_smear: bool = setting(False, "smear by a token's embedding, and not over BOS")
     mtp_num_heads: int = setting(0, "multi-token prediction heads; trained, not exported", (0, 16))
     mtp_loss_weight: float = setting(0.2, "weight of their mean loss")
 
@@ -185,6 +192,7 @@ class TrainingSettings:
     schedule_steps: int = setting(7000, "steps that the step counts below are parts of", POSITIVE)
     warmup_steps: int = setting(20, "steps before the clock; they leave no trace")
     warmdown_iters: int = setting(3500, "final steps in which the lr falls to 0")
+    loop_from: float = setting(0.35, "part of the training after which blocks loop", FRACTION)
     val_loss_every: int = setting(4000, "steps between validations; 0: at the end only")
     val_batch_size: int = setting(524288, "tokens of a validation batch, over 8 ranks", POSITIVE)
     train_log_every: int = setting(200, "steps between training lines")
@@ -208,11 +216,13 @@ class OptimizerSettings:
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the start", FRACTION)
     muon_momentum_warmup_steps: int = setting(1500, "steps until full momentum")
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", (1, 20))
+    muon_row_norm: bool = setting(False, "1: rows of Muon's updates are normalized (MuonEq-R)")
     muon_wd: float = setting(0.04, "Muon's decoupled weight decay")
     beta1: float = setting(0.9, "AdamW's beta 1", FRACTION)
     beta2: float = setting(0.95, "AdamW's beta 2", FRACTION)
     adam_eps: float = setting(1e-8, "AdamW's epsilon", FRACTION)
-    adam_wd: float = setting(0.04, "AdamW's decoupled weight decay")
+    adam_wd: float = setting(0.04, "AdamW's decoupled weight decay of vectors")
+    embed_wd: float = setting(0.04, "AdamW's decoupled weight decay of embeddings and heads")
     grad_clip_norm: float = setting(0.3, "largest norm of the averaged gradient; 0: no clipping")
 
 
@@ -295,17 +305,30 @@ SECTIONS = {cls.__name__.removesuffix("Settings"): fields(cls) for cls in Config
 FIELDS = {f.name: f for section in SECTIONS.values() for f in section}
 
 # Settings that determine the network's function, which the artifact's header holds: equal weights
-# give equal bytes, whatever the run was called. One that is added here must by default change
-# nothing, for artifacts that do not name it are read with its default.
+# give equal bytes, whatever the run was called. Those at a value of PLAIN are not named in it, so
+# that artifacts from before a setting was added are read as what they are.
 INITIAL_SETTINGS = {"tied_embed_init_std", "proj_init_gain", "qk_gain_init"}
 TRAINING_ONLY_SETTINGS = INITIAL_SETTINGS | {"mtp_num_heads", "mtp_loss_weight"}
 ARCHITECTURE = [f.name for f in fields(ModelSettings) if f.name not in TRAINING_ONLY_SETTINGS]
 ARCHITECTURE += ["vocab_size", "matrix_bits", "embed_bits"]
+PLAIN: dict[str, Any] = {
+    "loop_first": 3,  # without a loop it does not matter which blocks
+    "loop_last": 5,
+    "loop_passes": 1,
+    "skip_gates": False,
+    "lanes_from": 0,
+    "attn_gate": False,
+    "content_smear": False,
+}
 
 # The four submissions, openai/parameter-golf pull requests 889, 806, 890 and 1094.
 # schedule_steps: steps that their published runs took. proj_init_gain: three of them divide the
 # start of every projection by sqrt(2 NUM_LAYERS), and other projections start at 0.
-SUBMITTED: dict[str, Any] = {"gptq_seconds": 0.0, "scoring": "backoff", "ngram_table": "hashed"}
+SUBMITTED: dict[str, Any] = PLAIN | {
+    "gptq_seconds": 0.0,
+    "scoring": "backoff",
+    "ngram_table": "hashed",
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "golf": {},
     "pr889": SUBMITTED
@@ -401,6 +424,10 @@ def model_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "ve_layers", f"different layers from 0 to below NUM_LAYERS {cfg.num_layers}"
     if cfg.bigram_vocab_size == 1:
         yield "bigram_vocab_size", "0 or at least 2"
+    if cfg.loop_passes > 1 and not cfg.loop_first <= cfg.loop_last < cfg.num_layers:
+        yield "loop_last", f"from LOOP_FIRST {cfg.loop_first} to below NUM_LAYERS {cfg.num_layers}"
+    if cfg.loop_passes > 1 and 0 < cfg.lanes_from <= cfg.loop_last:
+        yield "lanes_from", f"0, or more than LOOP_LAST {cfg.loop_last}"
 
 
 def run_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
@@ -1303,7 +1330,7 @@ def prepare_text(cfg: Config, run: Run) -> Path:
 # The submissions' common trunk. With x0 the embedding (tokens, hashed bigrams, smeared) and s(l) =
 # 1/sqrt(l + 1), block l = 0 ... L-1 is
 #
-#     x <- x + skip_weights[l - L//2] * (output of the block mirrored at the middle)     U-Net skips
+#     x <- x + skip_weights[s] * (output of the visit mirrored at the middle)            U-Net skips
 #     x <- resid_mix[l,0] * x + resid_mix[l,1] * x0
 #     x <- x + attn_scale[l] * W_out attention(s(l) norm(x))
 #     x <- x + mlp_scale[l] * W_down leaky_relu(W_up s(l) norm(x))^2
@@ -1313,9 +1340,21 @@ def prepare_text(cfg: Config, run: Run) -> Path:
 # value_residual, a share of the first layer's; on the last xsa_last_n layers the output loses its
 # part along the position's own value. Logits are softcapped and tied to the embedding.
 #
+# Where they are switched on: blocks loop_first ... loop_last are visited loop_passes times in a row
+# (depth recurrence, #1290, #1394), skips are interpolated (#1179), heads' outputs get a gate by the
+# block's input (#1667), the smear gate looks at the token's embedding and stops at BOS (#1851), and
+# from block lanes_from of the second half on the stream has two lanes (#1204, #1529). Attention
+# reads lane a, with skips and mixes, the MLP lane b, and a learned routing writes both:
+#
+#     p = attn_scale[l] * W_out attention(s(l) norm(resid_mix[l,0] * a + resid_mix[l,1] * x0))
+#     q = mlp_scale[l] * W_down leaky_relu(W_up s(l) norm(b))^2
+#     a <- keep[0] a + route[0,0] p + route[1,0] q,   b <- keep[1] b + route[0,1] p + route[1,1] q
+#
+# and in the end the stream is the mean of both.
+#
 # Weight matrices live in banks (matrices, rows, columns), so that Muon works on them whole; every
 # parameter in none of the lists below is AdamW's at SCALAR_LR and stored as float16. There is one
-# walk over the blocks; evaluation asks it for the last positions only.
+# walk over the blocks, and its visits are data; evaluation asks for the last positions only.
 
 PROJECTIONS = ("bigram_proj", "value_proj")  # of embeddings that are narrower than the trunk
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", *PROJECTIONS)
@@ -1327,6 +1366,8 @@ VALUE_EMB_STD = 0.01  # at the start, as are the next three (the submissions')
 BIGRAM_SCALE = 0.05
 VALUE_SCALE = 0.1
 VALUE_GATE = -1.5  # logit of the share of the first layer's values
+LANE_KEEP = 1.1  # share of a lane that a block keeps, at the start (#1529)
+GATE_WIDTH = 12  # channels that the gates of attention (#1667) and smear (#1851) look at
 # Inductor's: 6 ms a step slower with it, and silently wrong gradients (pytorch 179494, 193061)
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 # Attention back ends, best first: FlashAttention 3 and cuDNN have kernels made for Hopper (compute
@@ -1473,6 +1514,30 @@ def filled(*shape: int, value: float = 0.0) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, value))
 
 
+class Visit(NamedTuple):
+    """A block on the trunk's walk."""
+
+    layer: int  # whose weights
+    waits: bool  # its output waits for a later visit's skip
+    skip: int | None  # row of skip_weights with which the latest output that waits comes in
+    lanes: bool  # on two lanes
+
+
+def block_visits(cfg: Config, looping: bool) -> list[Visit]:
+    """The trunk's walk over its blocks, loop_first to loop_last loop_passes times in a row while
+    looping. Outputs of its first half come in as skips in the second, the latest first."""
+    layers = list(range(cfg.num_layers))
+    if looping and cfg.loop_passes > 1:
+        loop = slice(cfg.loop_first, cfg.loop_last + 1)
+        layers[loop] = cfg.loop_passes * layers[loop]
+    half, visits = len(layers) // 2, []
+    for place, layer in enumerate(layers):
+        row = place - half if half <= place < 2 * half else None
+        lanes = place >= half and 0 < cfg.lanes_from <= layer
+        visits.append(Visit(layer, place < half, row, lanes))
+    return visits
+
+
 class GPT(nn.Module):
     """The network. Parameters are float32; `weights` casts them to compute_dtype.
 
@@ -1501,11 +1566,23 @@ class GPT(nn.Module):
             self.value_layer_scale = filled(len(self.value_layers), value=1.0)
         if cfg.value_residual:
             self.value_gate = filled(L - 1, value=VALUE_GATE)
-        self.smear_gate = filled(C)
-        self.skip_weights = filled(L // 2, C, value=1.0)
+        if cfg.content_smear:
+            self.smear_scale = filled(1)
+            self.smear_content = filled(min(GATE_WIDTH, C))
+        else:
+            self.smear_gate = filled(C)
+        visits = len(block_visits(cfg, looping=True))
+        self.skip_weights = filled(visits // 2, C, value=1.0)
+        if cfg.skip_gates:
+            self.skip_gate = filled(visits // 2, C)
         self.attn_scale = filled(L, C, value=1.0)
         self.mlp_scale = filled(L, C, value=1.0)
         self.resid_mix = filled(L, 2, C)
+        if cfg.lanes_from:  # layers from there on; LANE_KEEP a lane, [source, lane] of a branch
+            self.lane_keep = filled(max(0, L - cfg.lanes_from), 2, value=LANE_KEEP)
+            self.lane_route = filled(max(0, L - cfg.lanes_from), 2, 2, value=1.0)
+        if cfg.attn_gate:
+            self.attn_gate = filled(L, cfg.num_heads, min(GATE_WIDTH, C))
         self.q_gain = filled(L, cfg.num_heads, value=cfg.qk_gain_init)
         self.qo_bank = filled(2 * L, C, C)  # queries of layer i at i, output of layer i at L + i
         self.kv_bank = filled(2 * L, kv_dim, C)  # keys at i, values at L + i
@@ -1543,7 +1620,8 @@ class GPT(nn.Module):
         return F.linear(x, matrices(w[name])[i])
 
     def embed(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        """x0 (B,T,C): token and bigram embedding, RMSNorm, smear gate."""
+        """x0 (B,T,C): token and bigram embedding, RMSNorm and smear gate; the content's comes
+        before the norm."""
         x = F.embedding(tokens, w["tok_emb"])
         if "bigram_emb" in w:
             first, second = BIGRAM_PRIMES
@@ -1552,6 +1630,10 @@ class GPT(nn.Module):
             index = F.pad(index, (1, 0), value=last_row)
             bigram = self.linear(F.embedding(index, w["bigram_emb"]), w, "bigram_proj")
             x = x + w["bigram_scale"] * bigram
+        if self.cfg.content_smear:
+            gate = F.linear(x[..., :GATE_WIDTH], w["smear_content"][None]).sigmoid()
+            gate = w["smear_scale"] * gate * (tokens != BOS)[..., None]
+            return norm(torch.addcmul(x, gate, F.pad(x, (0, 0, 1, -1))))
         x = norm(x)
         before = F.pad(x, (0, 0, 1, -1))
         return torch.lerp(x, before, w["smear_gate"].sigmoid())
@@ -1563,28 +1645,56 @@ class GPT(nn.Module):
         values = self.linear(F.embedding(tokens, w["value_emb"]), w, "value_proj")
         return w["value_scale"] * values
 
-    def trunk(self, w: dict[str, Tensor], tokens: Tensor, last: int) -> Tensor:
-        """Normed final states (B,last,C) of the last positions of tokens (B,T); of the last block
-        only keys and values see all T."""
+    def trunk(
+        self, w: dict[str, Tensor], tokens: Tensor, last: int, looping: bool = True
+    ) -> Tensor:
+        """Normed final states (B,last,C) of the last positions of tokens (B,T); at the last visit
+        only keys and values see all T. looping: with the repeated visits."""
         cfg, T = self.cfg, tokens.size(1)
-        x = x0 = self.embed(w, tokens)
+        x0 = self.embed(w, tokens)
         rope = rope_tables(T, cfg.rope_base, cfg.rope_dims, tokens.device)
         value_embedding = self.embed_values(w, tokens)
-        half, skips, first_values = cfg.num_layers // 2, [], None
-        for layer in range(cfg.num_layers):
-            if layer >= half and skips:  # with an odd number of blocks the last one has no skip
-                x = torch.addcmul(x, w["skip_weights"][layer - half], skips.pop())
-            x = torch.addcmul(w["resid_mix"][layer, 0] * x, w["resid_mix"][layer, 1], x0)
-            queries = last if layer == cfg.num_layers - 1 else T
+        visits = block_visits(cfg, looping)
+        lanes, waiting, first_values = [x0], [], None
+        for visit in visits:
+            layer, queries = visit.layer, last if visit is visits[-1] else T
+            if visit.lanes and len(lanes) == 1:
+                lanes = [*lanes, *lanes]
+            if visit.skip is not None:
+                lanes[0] = self.add_skip(w, visit.skip, lanes[0], waiting.pop())
+            mixed = torch.addcmul(w["resid_mix"][layer, 0] * lanes[0], w["resid_mix"][layer, 1], x0)
             attended, values = self.attend(
-                w, layer, x, rope, value_embedding, first_values, queries
+                w, layer, mixed, rope, value_embedding, first_values, queries
             )
             first_values = values if first_values is None else first_values
-            x = torch.addcmul(x[:, T - queries :], w["attn_scale"][layer], attended)
-            x = torch.addcmul(x, w["mlp_scale"][layer], self.mlp(w, layer, x))
-            if layer < half:
-                skips.append(x)
-        return norm(x)
+            if visit.lanes:
+                lanes = self.route(w, layer, [x[:, T - queries :] for x in lanes], attended)
+            else:
+                x = torch.addcmul(mixed[:, T - queries :], w["attn_scale"][layer], attended)
+                lanes = [torch.addcmul(x, w["mlp_scale"][layer], self.mlp(w, layer, x))]
+            if visit.waits:
+                waiting.append(lanes[0])
+        return norm(lanes[0] if len(lanes) == 1 else torch.lerp(*lanes, 0.5))
+
+    def add_skip(self, w: dict[str, Tensor], row: int, x: Tensor, skip: Tensor) -> Tensor:
+        """x (B,T,C) with an earlier output (B,T,C), by a row of the skips' weights."""
+        if "skip_gate" in w:
+            return torch.lerp(w["skip_weights"][row] * skip, x, w["skip_gate"][row].sigmoid())
+        return torch.addcmul(x, w["skip_weights"][row], skip)
+
+    def route(
+        self, w: dict[str, Tensor], layer: int, lanes: list[Tensor], attended: Tensor
+    ) -> list[Tensor]:
+        """Both lanes (B,queries,C) after a block whose attention read the first lane and gave
+        `attended` (B,queries,C), and whose MLP reads the second."""
+        row = layer - self.cfg.lanes_from
+        keep, share = w["lane_keep"][row], w["lane_route"][row]
+        attended = w["attn_scale"][layer] * attended
+        hidden = w["mlp_scale"][layer] * self.mlp(w, layer, lanes[1])
+        return [
+            keep[i] * lane + share[0, i] * attended + share[1, i] * hidden
+            for i, lane in enumerate(lanes)
+        ]
 
     def mlp(self, w: dict[str, Tensor], layer: int, x: Tensor) -> Tensor:
         """The MLP of a block on x (B,T,C): leaky_relu(x, slope)^2 between two matrices."""
@@ -1625,6 +1735,9 @@ class GPT(nn.Module):
         y = self.attention(q, rotate(norm(k), cos, sin), v, causal=True)
         if layer >= L - cfg.xsa_last_n:
             y = exclude_own_value(y, v[:, T - queries :])
+        if cfg.attn_gate:
+            gate = F.linear(h[:, T - queries :, :GATE_WIDTH], w["attn_gate"][layer])
+            y = y * (2 * gate.sigmoid())[..., None]
         return self.linear(y.reshape(B, queries, C), w, "qo_bank", L + layer), raw
 
     def softcapped(
@@ -1646,10 +1759,12 @@ class GPT(nn.Module):
         """Mean cross-entropy () in nats of states x (B,T,C) by a head at the targets (B,T)."""
         return F.cross_entropy(self.softcapped(x, w, head, i).flatten(0, 1), targets.flatten())
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, looping: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """(loss to minimize (), cross-entropy () in nats a token) for tokens and targets (B,T)."""
         w = self.weights()
-        x = self.trunk(w, tokens, tokens.size(1))
+        x = self.trunk(w, tokens, tokens.size(1), looping)
         loss = main = self.cross_entropy(x, w, targets)
         if "mtp_heads" in w:  # head k predicts the token k + 2 places after its position
             extra = []
@@ -1707,10 +1822,12 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
 #
 #     m <- mu m + g,   w <- (1 - lr wd) w - lr max(1, rows/columns)^1/2 O(g + mu m)
 #
-# O by Newton-Schulz iterations; AdamW on the rest. Data parallel without DDP: gradients of banks
+# O by Newton-Schulz iterations, of an update whose rows have norm 1 where MuonEq-R is wanted
+# (#1217); AdamW on the rest. Data parallel without DDP: gradients of banks
 # are reduce-scattered, each rank updates its shard, and a bank is all-gathered while the next one
 # is orthogonalized. The gradient is clipped by the global norm of its average over the ranks.
 
+ROW_NORM_FLOOR = 1e-7  # least norm by which a row is divided (#1217)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic coefficients (Keller Jordan, 2024)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # 2.13's new names
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -1757,6 +1874,8 @@ class BankShard:
         """Muon on the shard, then start sending it to every rank (all-gather)."""
         self.momentum.mul_(momentum).add_(self.grad)
         nesterov = self.grad.add(self.momentum, alpha=momentum)
+        if cfg.muon_row_norm:
+            nesterov = F.normalize(nesterov, dim=-1, eps=ROW_NORM_FLOOR)
         direction = newton_schulz(nesterov, cfg.muon_backend_steps, self.dtype)
         self.full[: len(self.bank)] = self.bank.data
         self.shard.copy_(self.own())
@@ -1772,14 +1891,18 @@ class BankShard:
 
 def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[dict]]:
     """(banks for Muon, largest first; groups for AdamW); every parameter in one (asserted)."""
-    lrs = dict.fromkeys(EMBEDDINGS, cfg.tied_embed_lr) | {"mtp_heads": cfg.head_lr}
-    banks, by_lr = [], collections.defaultdict(list)
+    rates = dict.fromkeys(EMBEDDINGS, (cfg.tied_embed_lr, cfg.embed_wd))
+    rates["mtp_heads"] = cfg.head_lr, cfg.embed_wd
+    banks, by_rate = [], collections.defaultdict(list)
     for name, p in model.named_parameters():
         if name in BANKS:
             banks.append(p)
         else:
-            by_lr[lrs.get(name, cfg.scalar_lr)].append(p)
-    groups = [{"params": params, "lr": 0.0, "base_lr": lr} for lr, params in by_lr.items()]
+            by_rate[rates.get(name, (cfg.scalar_lr, cfg.adam_wd))].append(p)
+    groups = [
+        {"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay}
+        for (lr, decay), params in by_rate.items()
+    ]
     owned = [*banks, *(p for g in groups for p in g["params"])]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
     return sorted(banks, key=lambda p: -p.numel()), groups
@@ -1797,7 +1920,6 @@ class Optimizer:
             groups,
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            weight_decay=cfg.adam_wd,
             fused=run.device.type == "cuda",
         )
 
@@ -1993,25 +2115,32 @@ class Trainer:
             return by_steps
         return max(by_steps, min(1.0, self.elapsed / self.cap))
 
-    def gradients(self) -> Tensor:
+    def looping(self, progress: float) -> bool:
+        """Whether blocks are visited repeatedly, after this part of the training."""
+        return self.cfg.loop_passes == 1 or progress >= self.cfg.loop_from
+
+    def gradients(self, looping: bool) -> Tensor:
         """Accumulate this rank's gradient of the next batch; its mean loss () in nats per token."""
         inputs, targets = (x.split(self.micro_batch) for x in self.loader.next_batch())
         total = torch.zeros((), device=self.run.device)
         for x, y in zip(inputs, targets, strict=True):
-            loss, nats = self.forward(x, y)
+            loss, nats = self.forward(x, y, looping)
             (loss / len(inputs)).backward()
             total += nats / len(inputs)
         return total
 
     def warm_up(self) -> None:
-        """Compile and run steps; nothing remains but a micro-batch that fits into memory."""
+        """Compile and run steps of each graph that training will use, the largest first; nothing
+        remains but a micro-batch that fits into memory."""
         started = self.run.sync()
         saved = [p.detach().clone() for p in self.model.parameters()]
         optimizer, position = Optimizer(self.model, self.cfg, self.run), self.loader.position
-        steps, length = self.cfg.warmup_steps, self.cfg.train_seq_len
+        length = self.cfg.train_seq_len
+        graphs = sorted({self.looping(0.0), self.looping(1.0)}, reverse=True)
+        steps = [looping for looping in graphs for _ in range(self.cfg.warmup_steps)]
         while steps:
             try:
-                self.gradients()
+                self.gradients(steps[0])
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1 or self.cfg.micro_batch_tokens:
                     raise
@@ -2020,7 +2149,7 @@ class Trainer:
                 self.micro_batch = fit_micro_batch(halved, self.run.world_size) // length
                 continue
             optimizer.step(1.0, self.cfg.muon_momentum)
-            steps -= 1
+            steps.pop(0)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), saved)
         self.loader.position = position
@@ -2083,7 +2212,7 @@ class Trainer:
         before, now = self.last_progress, self.progress()
         self.last_progress = now
         graphs = compiled_graphs()
-        loss = self.gradients()
+        loss = self.gradients(self.looping(now))
         self.optimizer.step(self.lr_scale(now), self.momentum(now))
         self.average.update(before, now, self.lr_scale(now))
         self.steps += 1
@@ -2836,7 +2965,7 @@ def pack(stored: dict[str, StoredTensor], cfg: Config, vocabulary: str) -> bytes
     packed = compressor.encode([t.codes for t in stored.values() if isinstance(t, CodedTensor)])
     section = compressor.compress(plain + packed.inside)
     header = {
-        "architecture": {name: getattr(cfg, name) for name in ARCHITECTURE},
+        "architecture": named_settings(cfg),
         "vocabulary": vocabulary,
         "compressor": cfg.compressor,
         "tensors": table,
@@ -2860,11 +2989,17 @@ def open_artifact(blob: bytes) -> tuple[bytes, bytes]:
     return body[:size], body[size:]
 
 
+def named_settings(cfg: Config) -> dict[str, Any]:
+    """The architecture's settings that a header names: those that are not as in PLAIN."""
+    values = {name: getattr(cfg, name) for name in ARCHITECTURE}
+    return {k: v for k, v in values.items() if k not in PLAIN or v != PLAIN[k]}
+
+
 def header_config(header: dict, cfg: Config) -> Config:
-    """cfg with the header's compressor and architecture; settings that it does not name have their
-    defaults. Any exception if the header is none."""
+    """cfg with the header's compressor and architecture; settings that it does not name are as in
+    PLAIN or have their defaults. Any exception if the header is none."""
     named = header["architecture"]
-    values = {name: FIELDS[name].default for name in ARCHITECTURE}
+    values = {name: PLAIN.get(name, FIELDS[name].default) for name in ARCHITECTURE}
     for name in named:
         if name not in values:
             raise ValueError(name)

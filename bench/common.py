@@ -73,46 +73,64 @@ class PlainBlock(nn.Module):
         self.q, self.o = copied(model.qo_bank[i]), copied(model.qo_bank[L + i])
         self.k, self.v = copied(model.kv_bank[i]), copied(model.kv_bank[L + i])
         self.up, self.down = copied(model.mlp_up_bank[i]), copied(model.mlp_down_bank[i])
-        self.attn_scale, self.mlp_scale = copied(model.attn_scale[i]), copied(model.mlp_scale[i])
-        self.resid_mix, self.q_gain = copied(model.resid_mix[i]), copied(model.q_gain[i])
+        for name in IN_BLOCKS:
+            if hasattr(model, name):
+                setattr(self, name, copied(getattr(model, name)[i]))
+        if 0 < cfg.lanes_from <= i:
+            for name in IN_LANES:
+                setattr(self, name, copied(getattr(model, name)[i - cfg.lanes_from]))
 
-    def forward(self, x, x0, cos, sin, value_embedding):
-        cfg, (B, T, C), dtype = self.cfg, x.shape, x.dtype
-
-        def as_x(p):
-            return p.to(dtype)
-
-        mix = as_x(self.resid_mix)
-        x = mix[0][None, None, :] * x + mix[1][None, None, :] * x0
-        h = plain_norm(x) * self.ln_scale
-        q = F.linear(h, as_x(self.q)).reshape(B, T, cfg.num_heads, -1)
-        k = F.linear(h, as_x(self.k)).reshape(B, T, cfg.num_kv_heads, -1)
-        v = F.linear(h, as_x(self.v))
+    def attend(self, h, cos, sin, value_embedding):
+        """Attention's output (B,T,C) of a normed and scaled input h (B,T,C)."""
+        cfg, (B, T, C), dtype = self.cfg, h.shape, h.dtype
+        q = F.linear(h, self.q.to(dtype)).reshape(B, T, cfg.num_heads, -1)
+        k = F.linear(h, self.k.to(dtype)).reshape(B, T, cfg.num_kv_heads, -1)
+        v = F.linear(h, self.v.to(dtype))
         if value_embedding is not None:
             v = v + value_embedding
         v = v.reshape(B, T, cfg.num_kv_heads, -1)
         q, k = plain_rotary(plain_norm(q), cos, sin), plain_rotary(plain_norm(k), cos, sin)
-        q = q * as_x(self.q_gain)[None, None, :, None]
+        q = q * self.q_gain.to(dtype)[None, None, :, None]
         y = self.attention(q, k, v)
         y = plain_xsa(y, v) if self.xsa else y
-        x = x + as_x(self.attn_scale)[None, None, :] * F.linear(y.reshape(B, T, C), as_x(self.o))
-        h = F.linear(plain_norm(x) * self.ln_scale, as_x(self.up))
-        h = F.linear(F.leaky_relu(h, negative_slope=cfg.relu_slope).square(), as_x(self.down))
-        return x + as_x(self.mlp_scale)[None, None, :] * h
+        if cfg.attn_gate:
+            gate = F.linear(h[:, :, : golf.GATE_WIDTH], self.attn_gate.to(dtype))
+            y = y * (2 * torch.sigmoid(gate)).unsqueeze(-1)
+        return F.linear(y.reshape(B, T, C), self.o.to(dtype))
+
+    def forward(self, lanes, x0, cos, sin, value_embedding):
+        """The lanes, one or two of (B,T,C), after the block."""
+        dtype = x0.dtype
+        mix, attn_scale = self.resid_mix.to(dtype), self.attn_scale.to(dtype)[None, None, :]
+        x = mix[0][None, None, :] * lanes[0] + mix[1][None, None, :] * x0
+        h = self.attend(plain_norm(x) * self.ln_scale, cos, sin, value_embedding)
+        if len(lanes) == 1:
+            x = x + attn_scale * h
+            return [x + self.feed(x)]
+        a, b = lanes
+        keep, share = self.lane_keep.to(dtype), self.lane_route.to(dtype)
+        p, q = attn_scale * h, self.feed(b)
+        a_next = keep[0] * a + share[0, 0] * p + share[1, 0] * q
+        b_next = keep[1] * b + share[0, 1] * p + share[1, 1] * q
+        return [a_next, b_next]
+
+    def feed(self, x):
+        """The MLP's scaled output (B,T,C) on x (B,T,C)."""
+        h = F.linear(plain_norm(x) * self.ln_scale, self.up.to(x.dtype))
+        h = F.leaky_relu(h, negative_slope=self.cfg.relu_slope).square()
+        h = F.linear(h, self.down.to(x.dtype))
+        return self.mlp_scale.to(x.dtype)[None, None, :] * h
 
 
-PLAIN_NAMES = (
-    "tok_emb",
-    "bigram_emb",
-    "bigram_proj",
-    "bigram_scale",
-    "value_emb",
-    "value_proj",
-    "value_scale",
-    "value_layer_scale",
-    "smear_gate",
-    "skip_weights",
-)
+# Parameters of golf.GPT that a PlainBlock holds, a block's part of each, by its name there.
+IN_BLOCKS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate")
+IN_LANES = ("lane_keep", "lane_route")  # likewise, of the blocks from lanes_from on
+BANKS = {
+    "qo_bank": ("q", "o"),
+    "kv_bank": ("k", "v"),
+    "mlp_up_bank": ("up",),
+    "mlp_down_bank": ("down",),
+}
 
 
 class PlainGPT(nn.Module):
@@ -124,13 +142,13 @@ class PlainGPT(nn.Module):
         assert not cfg.value_residual and not cfg.mtp_num_heads
         self.dtype = model.compute_dtype
         self.blocks = nn.ModuleList(PlainBlock(model, i, attention) for i in range(cfg.num_layers))
-        for name in PLAIN_NAMES:
-            p = getattr(model, name).detach().clone()
-            setattr(self, name, nn.Parameter(p[0] if name.endswith("proj") else p))
+        for name, p in model.named_parameters():
+            if name not in (*BANKS, *IN_BLOCKS, *IN_LANES):
+                p = p.detach().clone()
+                setattr(self, name, nn.Parameter(p[0] if name.endswith("proj") else p))
 
-    def logits(self, tokens):
-        """(B,T,V) float32 of tokens (B,T)."""
-        cfg, half = self.cfg, self.cfg.num_layers // 2
+    def embed(self, tokens):
+        """The smeared embedding (B,T,C) of tokens (B,T)."""
 
         def as_x(p):
             return p.to(self.dtype)
@@ -141,25 +159,58 @@ class PlainGPT(nn.Module):
         index[:, 1:] = torch.bitwise_xor(first * tokens[:, 1:], second * tokens[:, :-1]) % rows
         bigram = F.linear(F.embedding(index, as_x(self.bigram_emb)), as_x(self.bigram_proj))
         x = F.embedding(tokens, as_x(self.tok_emb)) + bigram * as_x(self.bigram_scale)
+        if self.cfg.content_smear:
+            before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+            seen = x[:, :, : golf.GATE_WIDTH] * as_x(self.smear_content)[None, None, :]
+            gate = as_x(self.smear_scale) * torch.sigmoid(seen.sum(dim=-1, keepdim=True))
+            gate = torch.where((tokens == golf.BOS).unsqueeze(-1), torch.zeros_like(gate), gate)
+            return plain_norm(x + gate * before)
         x, gate = plain_norm(x), torch.sigmoid(as_x(self.smear_gate))[None, None, :]
-        x = (1 - gate) * x + gate * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-        x0, skips = x, []
+        return (1 - gate) * x + gate * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+    def order(self):
+        """The blocks' numbers in the order in which they are applied."""
+        cfg = self.cfg
+        before, after = range(cfg.loop_first), range(cfg.loop_last + 1, cfg.num_layers)
+        if cfg.loop_passes == 1:
+            return list(range(cfg.num_layers))
+        inside = [i for _ in range(cfg.loop_passes) for i in range(len(before), after.start)]
+        return [*before, *inside, *after]
+
+    def with_skip(self, x, skip, row):
+        """x (B,T,C) and what the block mirrored at the middle gave."""
+        skip = self.skip_weights[row].to(self.dtype)[None, None, :] * skip
+        if not self.cfg.skip_gates:
+            return x + skip
+        gate = torch.sigmoid(self.skip_gate[row].to(self.dtype))[None, None, :]
+        return gate * x + (1 - gate) * skip
+
+    def logits(self, tokens):
+        """(B,T,V) float32 of tokens (B,T)."""
+        cfg, order = self.cfg, self.order()
+        half = len(order) // 2
+        x0, skips = self.embed(tokens), []
+        lanes = [x0]
         cos, sin = (
-            t.to(x.dtype)
+            t.to(x0.dtype)
             for t in golf.rope_tables(tokens.size(1), cfg.rope_base, cfg.rope_dims, tokens.device)
         )
-        values = F.linear(F.embedding(tokens, as_x(self.value_emb)), as_x(self.value_proj))
-        values = values * as_x(self.value_scale)
-        for i, block in enumerate(self.blocks):
-            if i >= half and skips:
-                x = x + as_x(self.skip_weights)[i - half][None, None, :] * skips.pop()
+        values = F.embedding(tokens, self.value_emb.to(self.dtype))
+        values = F.linear(values, self.value_proj.to(self.dtype)) * self.value_scale.to(self.dtype)
+        for place, i in enumerate(order):
+            if cfg.lanes_from and place >= half and i >= cfg.lanes_from and len(lanes) == 1:
+                lanes = [lanes[0], lanes[0]]
+            if place >= half and skips:
+                lanes[0] = self.with_skip(lanes[0], skips.pop(), place - half)
             own = None
             if i in cfg.ve_layers:
-                own = values * as_x(self.value_layer_scale)[cfg.ve_layers.index(i)]
-            x = block(x, x0, cos, sin, own)
-            if i < half:
-                skips.append(x)
-        logits = F.linear(plain_norm(x), as_x(self.tok_emb))
+                scale = self.value_layer_scale.to(self.dtype)[cfg.ve_layers.index(i)]
+                own = values * scale
+            lanes = self.blocks[i](lanes, x0, cos, sin, own)
+            if place < half:
+                skips.append(lanes[0])
+        x = plain_norm(sum(lanes) / len(lanes))
+        logits = F.linear(x, self.tok_emb.to(self.dtype))
         return cfg.logit_softcap * torch.tanh(logits.float() / cfg.logit_softcap)
 
     def forward(self, tokens, targets):
@@ -171,16 +222,13 @@ class PlainGPT(nn.Module):
     def like_golf(self, of=lambda p: p):
         """{name: tensor} in golf.GPT's names and shapes of of(parameter)."""
 
-        def stack(*names):
-            return torch.stack([of(getattr(b, n)) for n in names for b in self.blocks])
+        def stack(blocks, *names):
+            return torch.stack([of(getattr(b, n)) for n in names for b in blocks])
 
-        out = dict(
-            qo_bank=stack("q", "o"),
-            kv_bank=stack("k", "v"),
-            mlp_up_bank=stack("up"),
-            mlp_down_bank=stack("down"),
-        )
-        out |= {n: stack(n) for n in ("attn_scale", "mlp_scale", "resid_mix", "q_gain")}
+        out = {name: stack(self.blocks, *parts) for name, parts in BANKS.items()}
+        lanes = self.blocks[self.cfg.lanes_from :] if self.cfg.lanes_from else []
+        for names, blocks in ((IN_BLOCKS, self.blocks), (IN_LANES, lanes)):
+            out |= {n: stack(blocks, n) for n in names if len(blocks) and hasattr(blocks[-1], n)}
         for name, p in self.named_parameters(recurse=False):
             out[name] = of(p)[None] if name.endswith("proj") else of(p)
         return out

@@ -253,6 +253,19 @@ def test_equal_weights_give_equal_bytes_whatever_the_run(tiny_model):
     assert packed(model, renamed)[1] == blob
 
 
+def test_the_header_names_what_is_not_plain(tiny_model):
+    """A network without the later settings has the bytes that it had before there were any."""
+    for options in ({}, dict(loop_passes=3, loop_first=2, attn_gate=True, lanes_from=9)):
+        cfg, model = tiny_model(**options)
+        _, blob = packed(model, cfg)
+        named = json.loads(golf.open_artifact(blob)[0])["architecture"]
+        assert {k: v for k, v in named.items() if k in golf.PLAIN} == options
+        other = golf.replace(cfg, **golf.PLAIN) if options else golf.replace(cfg, loop_passes=2)
+        read, tensors = golf.unpack(blob, other, VOCABULARY)
+        assert {k: getattr(read, k) for k in golf.PLAIN} == golf.PLAIN | options
+        assert tensors.keys() == dict(model.named_parameters()).keys()
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("compressor", ["ans", "zstd", "lzma"])
 def test_the_budget_is_filled(data, tiny_model, known, compressor):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_gpt as golf
+from common import PlainGPT, plain_attention
 from conftest import TINY
 
 RECIPES = {
@@ -20,6 +21,18 @@ for options in RECIPES.values():  # recipes' head counts and RoPE dims are the f
 RECIPES["small"] = dict(
     num_kv_heads=4, rope_dims=8, bigram_vocab_size=0, num_layers=4, ve_layers=(3,), xsa_last_n=2
 )
+# What the frontier's networks have beyond the submissions', alone and together.
+INGREDIENTS = {
+    "wide": dict(mlp_mult=4.0),
+    "loop": dict(loop_passes=3),
+    "gated skips": dict(skip_gates=True),
+    "lanes": dict(lanes_from=8),
+    "attention gate": dict(attn_gate=True),
+    "content smear": dict(content_smear=True),
+}
+RECIPES |= INGREDIENTS
+RECIPES["all"] = {k: v for options in INGREDIENTS.values() for k, v in options.items()}
+RECIPES["all, values of the first"] = RECIPES["all"] | dict(value_residual=True, loop_first=1)
 
 
 def batch(cfg, rows=3, length=24):
@@ -46,6 +59,38 @@ def test_no_position_sees_a_later_token(tiny_model, recipe):
     with torch.no_grad():
         a, b = model.logits(tokens), model.logits(changed)
     assert torch.equal(a[:, :10], b[:, :10]) and not torch.allclose(a[:, 10:], b[:, 10:])
+
+
+@pytest.mark.parametrize("options", ["golf", *INGREDIENTS, "all"])
+def test_the_network_is_what_a_plain_one_computes(tiny_model, options):
+    """Logits and gradients of the same network written block by block, operation by operation."""
+    cfg, model = tiny_model(**RECIPES[options])
+    plain = PlainGPT(model, plain_attention)
+    tokens = batch(cfg)
+    tokens[:, 5] = golf.BOS  # where the content's smear stops
+    assert torch.allclose(model.logits(tokens), plain.logits(tokens), atol=1e-4)
+    model(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    plain(tokens[:, :-1], tokens[:, 1:]).backward()
+    gradients = plain.like_golf(lambda p: p.grad)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], atol=1e-5, rtol=1e-3), name
+
+
+def test_a_loop_that_is_off_is_the_network_without_one(tiny_model):
+    """loop_from: until then blocks are visited once, with the first rows of the skips."""
+    cfg, looped = tiny_model(loop_passes=3, skip_gates=True)
+    _, once = tiny_model(skip_gates=True)
+    weights = {n: p[:5] if n.startswith("skip") else p for n, p in looped.state_dict().items()}
+    once.load_state_dict(weights)
+    tokens = batch(cfg)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    assert torch.equal(looped(inputs, targets, False)[0], once(inputs, targets)[0])
+    assert not torch.equal(looped(inputs, targets)[0], once(inputs, targets)[0])
+    walk = [visit.layer for visit in golf.block_visits(cfg, looping=True)]
+    assert walk == [0, 1, 2, *3 * [3, 4, 5], 6, 7, 8, 9, 10]
+    with torch.no_grad():
+        assert torch.equal(looped.logits(tokens), looped.logits(tokens, 24))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -86,6 +131,7 @@ def test_mtp_heads_train_and_stay_out_of_the_artifact(tiny_model):
         ("logit_softcap", 5.0),
         ("num_kv_heads", 1),
         ("mlp_mult", 2.0),
+        *(change for options in INGREDIENTS.values() for change in options.items()),
     ],
 )
 def test_every_option_changes_the_network(tiny_model, option, value):

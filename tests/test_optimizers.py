@@ -48,9 +48,11 @@ def test_every_parameter_is_in_exactly_one_group(recipe):
         assert lrs[id(model.mtp_heads)] == cfg.head_lr
 
 
+@pytest.mark.parametrize("row_norm", [False, True])
 @pytest.mark.parametrize("clip", [0.5, 0.0])
-def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip):
-    cfg, model = tiny_model(grad_clip_norm=clip, mtp_num_heads=1)
+def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip, row_norm):
+    decays = dict(muon_wd=0.06, adam_wd=0.03, embed_wd=0.09)
+    cfg, model = tiny_model(grad_clip_norm=clip, mtp_num_heads=1, muon_row_norm=row_norm, **decays)
     _, plain = tiny_model(mtp_num_heads=1)
     optimizer = golf.Optimizer(model, cfg, run)
     momenta = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
@@ -62,7 +64,11 @@ def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip):
     )
     adams = {
         n: torch.optim.AdamW(
-            [p], lr=lrs.get(n, cfg.scalar_lr), betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd
+            [p],
+            lr=lrs.get(n, cfg.scalar_lr),
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.09 if n in lrs else 0.03,
         )
         for n, p in plain.named_parameters()
         if n not in golf.BANKS
@@ -83,15 +89,33 @@ def test_a_step_equals_plain_muon_and_adamw(tiny_model, run, clip):
                 continue
             momenta[n] = 0.9 * momenta[n] + grad
             for i in range(len(p)):
-                direction = plain_newton_schulz((grad + 0.9 * momenta[n])[i]).float()
+                direction = (grad + 0.9 * momenta[n])[i].double()
+                if row_norm:
+                    direction = direction / direction.norm(dim=1, keepdim=True)
+                direction = plain_newton_schulz(direction).float()
                 scale = max(1, p.shape[1] / p.shape[2]) ** 0.5
                 with torch.no_grad():
-                    p[i] *= 1 - 0.7 * cfg.matrix_lr * cfg.muon_wd
+                    p[i] *= 1 - 0.7 * cfg.matrix_lr * 0.06
                     p[i] -= 0.7 * cfg.matrix_lr * scale * direction
     pairs = zip(model.named_parameters(), plain.named_parameters(), strict=True)
     for (n, a), (_, b) in pairs:
         assert torch.allclose(a, b, atol=2e-5), n
         assert a.grad is None
+
+
+def test_blocks_loop_from_a_part_of_the_training_on(data, monkeypatch):
+    """Steps before loop_from visit blocks once; warm-up sees both graphs, the loop's first."""
+    cfg, run, corpus = data
+    cfg = golf.replace(cfg, iterations=10, warmup_steps=1, loop_passes=2, loop_from=0.35)
+    seen, forward = [], golf.GPT.forward
+
+    def recorded(self, tokens, targets, looping=True):
+        seen.append(looping)
+        return forward(self, tokens, targets, looping)
+
+    monkeypatch.setattr(golf.GPT, "forward", recorded)
+    golf.Trainer(golf.build_model(cfg, run), corpus, cfg, run).train()
+    assert seen == [True, False] + 4 * [False] + 6 * [True]
 
 
 def test_micro_batches_divide_a_ranks_share():

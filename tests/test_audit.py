@@ -54,6 +54,22 @@ def test_a_true_score_passes(data, artifact, monkeypatch, scoring):
     assert (rows["single_pass"]["rebuilt_tables"] > 0) == (scoring == "calibrated")
 
 
+@pytest.mark.parametrize("more_bits, verdict", [(-200, "PASS"), (0, "PASS"), (200, "FAIL")])
+def test_fewer_bits_than_claimed_are_no_fault(data, artifact, monkeypatch, more_bits, verdict):
+    """A coder's fixed point makes a token that is next to impossible cheaper than its score."""
+    encode = golf.encode_message
+
+    def counted(evaluation, runs):
+        message, bits, scores = encode(evaluation, runs)
+        return message, bits + more_bits, scores
+
+    monkeypatch.setattr(golf, "encode_message", counted)
+    evaluation = evaluated(data, artifact, scoring="neural", **SMALL)
+    failed(evaluation, monkeypatch)
+    rows = {r["name"]: r for r in evaluation.run.record["audit"]}
+    assert rows["decodable"]["verdict"] == verdict
+
+
 def test_a_hashed_headline_fails_by_its_mass_alone(data, artifact, monkeypatch):
     """Its fault is the distribution, not the order of reading."""
     evaluation = evaluated(

@@ -262,17 +262,20 @@ def test_the_scale_is_full_where_cuda_may_be_used_and_shards_are(monkeypatch, tm
     assert golf.load_config(dict(DATA_PATH=f"{tmp_path}/none"))[0].scale == "demo"
 
 
-def test_a_plain_run_finds_what_the_fetch_command_fetches(monkeypatch, tmp_path):
+@pytest.mark.parametrize("pieces", [1024, 4096, 8192])
+def test_a_plain_run_finds_what_the_fetch_command_fetches(monkeypatch, tmp_path, pieces):
     """hf download --local-dir D puts the dataset's a/b/c at D/a/b/c."""
-    command = golf.FETCH.split("hf download ")[1].replace("'", "").split()
+    command = golf.fetch_command(pieces).split("hf download ")[1].replace("'", "").split()
+    assert command[0] == golf.PUBLIC_REPOSITORIES[pieces]
     folder = tmp_path / command[command.index("--local-dir") + 1]
     shards, tokenizers = command[command.index("--include") + 1 :]
     (folder / shards).parent.mkdir(parents=True)
     golf.write_shard(folder / shards.replace("*", "fineweb_val_000000.bin"), golf.np.array([1, 2]))
     monkeypatch.chdir(tmp_path)
-    cfg, _ = golf.load_config(dict(SCALE="full"))
+    env = dict(SCALE="full") | (dict(VOCAB_SIZE=str(pieces)) if pieces != 1024 else {})
+    cfg, _ = golf.load_config(env)
     assert golf.find_shards(cfg.data_path, "val")
-    wanted = folder / tokenizers.replace("*", "fineweb_1024_bpe.model")
+    wanted = folder / tokenizers.replace("*", f"fineweb_{pieces}_bpe.model")
     assert golf.Path(cfg.tokenizer_path).absolute() == wanted
     given, _ = golf.load_config(dict(SCALE="full", DATA_PATH="mine"))
     assert (given.data_path, given.tokenizer_path) == ("mine", golf.Config.tokenizer_path)

@@ -105,6 +105,14 @@ def test_two_ranks_train_the_same_network(job, trained):
         assert gap <= 1e-2 * moved + 1e-4, name
 
 
+@pytest.mark.parametrize("pieces", ["4096"])
+def test_larger_vocabularies_are_proved_like_any(job, pieces):
+    done = job(VOCAB_SIZE=pieces, AUDIT="strict", ITERATIONS="3", VAL_TOKENS="2048")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.record["config"]["vocab_size"] == int(pieces)
+    assert [row["verdict"] for row in done.record["audit"]] == 5 * ["PASS"]
+
+
 def test_a_stride_and_scoring_of_choice_on_an_artifact(job, trained):
     artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
     done = job(LOAD_ARTIFACT=artifact, EVAL_STRIDE="64", SCORING="neural", VAL_TOKENS="1024")

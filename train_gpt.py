@@ -1165,6 +1165,7 @@ def read_data(source: DataSource, cfg: Config, run: Run) -> Data:
     corpus = source.facts | {
         "tokenizer": source.tokenizer_path,
         "val_targets": len(val) - 1,
+        "val_documents": int((val[1:-1] == BOS).sum()) + 1,
         "train_tokens": len(train) if train else 0,
         "vocabulary_sha256": hashlib.sha256(vocabulary).hexdigest(),
         "val_sha256": hashlib.sha256(val.numpy()).hexdigest(),
@@ -4806,6 +4807,10 @@ def audit(evaluation: Evaluation) -> list[str]:
 # What a run leaves for people: its log, the same as data (.json), a picture, and the challenge's
 # submission.json. The picture and the submission are made of the record alone.
 
+TOO_LITTLE = "TOO LITTLE TEXT"  # what it says is true, but says little: strict runs end well
+LEAST_VAL_DOCUMENTS, LEAST_VAL_BYTES = 10, 100_000  # below, one document decides the score
+BYTES_A_TARGET = (1.2, 8.0)  # FineWeb's by the challenge's 1,024 pieces: 2.4; by 8,192: 3.7
+CHALLENGE_TARGETS = 62_021_632  # of the validation shards of 1,024 pieces (logs of #889, #806)
 CURVE_POINTS = 200  # places of the running score
 CURVE_SKIPPED = 4  # of them: the first few targets are noise
 REVISION = "git describe --always --abbrev=40 --dirty=+ --exclude=*"  # "+": changed since
@@ -4979,12 +4984,9 @@ def plot(record: dict) -> bytes:
         for panel, place in zip(panels, axes.flat, strict=True):
             panel(place, record)
         final, config = record["final"][-1], record["config"]
-        audits = record.get("audit", [])
-        failed = [row["name"] for row in audits if row["verdict"] != "PASS"]
-        audited = f"audit FAIL: {', '.join(failed)}" if failed else "audit PASS"
         figure.suptitle(
-            f"{config['run_id']}: {final['val_bpb']:.4f} bits per byte, {final['scoring']}, "
-            f"{audited if audits else 'not audited'}",
+            f"{config['run_id']}: {final['val_bpb']:.4f} bits per byte, {final['scoring']}\n"
+            f"{verdict_line(record['verdict'][-1])}",
             fontsize=11,
         )
         image = io.BytesIO()
@@ -5011,6 +5013,7 @@ def submission(record: dict) -> bytes:
         "train_seconds": trained.get("train_seconds"),
         "eval_seconds": used["eval_seconds"],
         "audit": {row["name"]: row["verdict"] for row in record.get("audit", [])},
+        "verdict": verdict_line(record["verdict"][-1]),
         "hardware": hardware,
         "torch": facts["torch"],
         "corpus": record["corpus"],
@@ -5036,6 +5039,52 @@ def report_budgets(total_bytes: int, eval_seconds: float, cfg: Config, run: Run)
         run.log(f"budget {name}:{used}/{limit:.10g} {verdict}")
 
 
+def verdict_of(record: dict) -> dict[str, str]:
+    """{what is wrong with the headline: the figure}, worst first; {} if the score is valid."""
+    final, corpus, found = record["final"][-1], record["corpus"], {}
+    if final["normalized"] == "no":
+        rows = {row["scoring"]: row for row in record["result"] if "mass" in row}
+        found["NOT A DISTRIBUTION"] = f"mass {rows[final['scoring']]['mass']:.4g}"
+    failed = [row["name"] for row in record["audit"] if row["verdict"] != "PASS"]
+    if failed:
+        found["AUDIT FAILED"] = ", ".join(failed)
+    if not record["audit"]:
+        found["NOT AUDITED"] = "AUDIT=0"
+    over = [row for row in record["budget"] if row["used"] > row["limit"]]
+    if over:
+        found["OVER BUDGET"] = ", ".join(f"{x['name']} {x['used']}/{x['limit']:.10g}" for x in over)
+    size, documents = record["result"][0]["bytes"], corpus["val_documents"]
+    if size < LEAST_VAL_BYTES or documents < LEAST_VAL_DOCUMENTS:
+        found[TOO_LITTLE] = f"{documents} documents, {size} bytes"
+    return found
+
+
+def verdict_line(verdict: dict[str, str]) -> str:
+    """The verdict in a line."""
+    faults = (f"{fault} ({figure})" for fault, figure in verdict.items())
+    return "; ".join(faults) or "VALID"
+
+
+def warnings_of(record: dict) -> Iterator[str]:
+    """What would mislead who reads the score."""
+    unigram = record["unigram_bpb"]
+    row = {row["scoring"]: row for row in record["result"]}["neural"]  # the last: sliding
+    neural = row["val_bpb"]
+    if neural > unigram:
+        yield (
+            f"the network alone ({neural:.4f}) is worse than the text's own token frequencies "
+            f"({unigram:.4f}): the score is the n-grams', on text that repeats itself"
+        )
+    per_target = row["bytes"] / row["tokens"]
+    if not BYTES_A_TARGET[0] <= per_target <= BYTES_A_TARGET[1]:
+        yield (
+            f"{per_target:.2f} bytes a target: this text is not like the text of its vocabulary, "
+            f"and bits a byte do not compare with other text's"
+        )
+    if row["tokens"] != CHALLENGE_TARGETS:
+        yield "not the challenge's validation text: the score does not compare with its leaderboard"
+
+
 def report_headline(evaluation: Evaluation) -> None:
     """Log the score as soon as it is there: the audit is to come, and may be cut off."""
     row = evaluation.rows[evaluation.headline]
@@ -5043,8 +5092,9 @@ def report_headline(evaluation: Evaluation) -> None:
     evaluation.run.row("headline", scoring=evaluation.headline, **values)
 
 
-def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> None:
-    """Result lines, budgets, score table, files and, last, the final line; on rank 0."""
+def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> dict[str, str]:
+    """Result lines, budgets, score table, files and, last, verdict and final line; on rank 0. The
+    verdict."""
     for scoring, row in evaluation.rows.items():
         run.row("result", stage=f"int{cfg.matrix_bits}_sliding", scoring=scoring, **row)
     best, total = evaluation.rows[evaluation.headline], len(blob) + code_bytes()
@@ -5064,13 +5114,19 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     run.record["matched_orders"] = [{"scoring": scoring} | facts for scoring, facts in matched]
     for line in score_table(evaluation):
         run.log(line)
+    for line in warnings_of(run.record):
+        run.log(f"warning: {line}")
+    verdict = verdict_of(run.record)
+    run.record["verdict"] = [verdict]
     picture = plot(run.record)
     if picture:
         run.save(".png", picture)
     run.save(".submission.json", submission(run.record))
     run.save(".json", json.dumps(run.record, indent=1).encode())
     run.record["final"].clear()  # the line is logged as data once more, as the last
+    run.log(f"verdict {verdict_line(verdict)}")
     run.row("final", **final)
+    return verdict
 
 
 # ==================================================================================================
@@ -5078,7 +5134,8 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
 # ==================================================================================================
 #
 # Exit status: 0; 1 for a fault of this program, with its traceback; 2 for any other error, or a
-# file that could not be written; 3 where AUDIT=strict and a check failed.
+# file that could not be written; 3 where AUDIT=strict and the score is not valid, though true of
+# little text.
 
 
 def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
@@ -5125,14 +5182,13 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
         run.row("result", stage=f"int{cfg.matrix_bits}_roundtrip", scoring="neural", **roundtrip)
         evaluation.masses()
     run.stage = "audit"
-    failed = []
     if cfg.audit != "0":
-        failed = run.on_main(lambda: audit(evaluation))
-    run.on_main(lambda: final_report(evaluation, blob, cfg, run))
+        run.on_main(lambda: audit(evaluation))
+    verdict = run.on_main(lambda: final_report(evaluation, blob, cfg, run))
     unsaved = run.on_main(lambda: run.unsaved)
     if unsaved:
         raise RunError("; ".join(unsaved))
-    return 3 if failed and cfg.audit == "strict" else 0
+    return 3 if verdict.keys() - {TOO_LITTLE} and cfg.audit == "strict" else 0
 
 
 def run_all(cfg: Config, notes: list[str], run: Run) -> int:

@@ -255,11 +255,16 @@ def test_strict_audits_decide_the_exit_status(job, artifact):
     more = dict(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="1024", MIXER_CHUNK_TOKENS="64")
     good = job(AUDIT="strict", **more)
     assert good.returncode == 0, good.stderr
+    assert "\nverdict TOO LITTLE TEXT" in good.stdout  # what it says is true
     bad = job(AUDIT="strict", SCORING="backoff", NGRAM_TABLE="hashed", NGRAM_BUCKETS="64", **more)
     assert bad.returncode == 3 and bad.final.startswith("final ")
     assert "audit normalized FAIL" in bad.stdout and "audit causal PASS" in bad.stdout
+    assert "\nverdict NOT A DISTRIBUTION (mass" in bad.stdout
+    over = job(AUDIT="strict", ARTIFACT_BYTES="1000", **more)
+    assert over.returncode == 3 and "\nverdict OVER BUDGET (total_bytes" in over.stdout
     off = job(AUDIT="0", **more)
     assert off.returncode == 0 and "\naudit " not in off.stdout
+    assert "\nverdict NOT AUDITED" in off.stdout
 
 
 def test_several_ranks_audit_what_one_does(job, artifact):

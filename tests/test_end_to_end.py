@@ -52,6 +52,9 @@ def test_a_run_ends_with_its_final_line_and_files(trained):
     assert bpb["neural"] > bpb["backoff_exact"] > bpb["calibrated"]
     checks = ("causal", "normalized", "single_pass", "bytes", "decodable")
     assert [(a["name"], a["verdict"]) for a in record["audit"]] == [(n, "PASS") for n in checks]
+    verdict = trained.stdout.splitlines()[-2]
+    assert re.fullmatch(r"verdict TOO LITTLE TEXT \(\d+ documents, \d+ bytes\)", verdict)
+    assert submission["verdict"] == verdict.removeprefix("verdict ")
 
 
 def test_the_same_seed_gives_the_same_bytes_and_warm_up_leaves_no_trace(job, trained):

@@ -724,14 +724,15 @@ class Run:
     """This process's place in the run.
 
     rank, world_size, is_main: of this process; is_main: it is rank 0. device: where it computes.
-    stage: what is being done, for error messages. base: path of the run's files without suffix.
+    stage: what is being done, for error messages. base: path of the run's files without suffix, ""
+    until open_log; pending: lines that are not in the log's file yet. speaks: whether it logs.
     attention: name and function of the back end, once choose_attention has found it.
     saved: paths written; unsaved: what could not be written, and why. record: {kind: rows or
     facts}, everything that was logged as data.
     """
 
     def __init__(self, cfg: Config):
-        """Join the process group; take a name and open the log on rank 0."""
+        """Join the process group."""
         cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: no CUDA device is available; set DEVICE=cpu")
@@ -739,19 +740,25 @@ class Run:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
         self.stage = "start"
-        self.base, self.log_path = "", None
+        self.base, self.pending, self.speaks = "", [], self.is_main
         self.attention: tuple[str, Callable] | None = None
         self.saved: list[str] = []
         self.unsaved: list[str] = []
-        self.record: dict[str, Any] = collections.defaultdict(list)
+        self.record: dict[str, Any] = collections.defaultdict(list, config={})
         self.device = torch.device("cpu")
         if cuda:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             torch.cuda.set_device(self.device)
         self.join(cfg)
+
+    def open_log(self, cfg: Config) -> None:
+        """Take a name, once all checks have passed, so that a run that fails leaves nothing; then
+        write what was logged so far."""
         self.base = self.on_main(lambda: self.take_name(cfg))
-        if self.is_main:
-            self.log_path = f"{self.base}.txt"
+        name = Path(self.base).name
+        self.record["config"]["run_id"] = name
+        if name != cfg.run_id:
+            self.log(f"writing as {name}: there are files of a run {cfg.run_id} already")
 
     def join(self, cfg: Config) -> None:
         """Join the process group that torchrun's variables describe, or make one of one rank."""
@@ -763,10 +770,13 @@ class Run:
         dist.init_process_group(back_end, timeout=timeout, **alone)
 
     def take_name(self, cfg: Config) -> str:
-        """The path without suffix of the first free run name; its log exists from here on."""
+        """The path without suffix of the first free run name, whose log exists from here on; of
+        RUN_ID itself if it is resumed."""
         folder = Path(cfg.logs_path)
         folder.mkdir(parents=True, exist_ok=True)
         name, number = cfg.run_id, 1
+        if cfg.resume:
+            return str(folder / name)
         while any(folder.glob(glob.escape(name) + ".*")):
             number += 1
             name = f"{cfg.run_id}-{number}"
@@ -777,7 +787,7 @@ class Run:
         """This rank by itself and without a log, for work in which the others take no part."""
         other = copy.copy(self)
         other.rank, other.world_size, other.is_main = 0, 1, True
-        other.log_path, other.record = None, collections.defaultdict(list)
+        other.speaks, other.record = False, collections.defaultdict(list)
         return other
 
     def save(self, suffix: str, content: bytes | dict[str, Tensor], base: str = "") -> None:
@@ -794,16 +804,21 @@ class Run:
 
     def log(self, line: str) -> None:
         """One line to console and log file, on rank 0."""
-        if not self.log_path:
+        if not self.speaks:
             return
         print(line, flush=True)
+        self.pending.append(line)
+        if not self.base:
+            return
+        path = f"{self.base}.txt"
         try:
-            with open(self.log_path, "a", encoding="utf-8") as file:
-                print(line, file=file)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in self.pending)
         except OSError as error:
-            message = f"cannot write {self.log_path}: {error.strerror}"
+            message = f"cannot write {path}: {error.strerror}"
             if message not in self.unsaved:
                 self.unsaved.append(message)
+        self.pending.clear()
 
     def row(self, kind: str, prefix: str | None = None, **values) -> None:
         """Log `kind key:value ...` (or another prefix) and keep the values in the record."""
@@ -2095,7 +2110,7 @@ class Trainer:
     rank's time at which the clock would have shown 0. last_progress: at the last step. recent:
     times of the last steps, in seconds. micro_batch: sequences of a forward pass. cap: seconds of
     training, 0: none. recompiles: graphs compiled after warm-up. signalled: a signal came to this
-    rank. stopping: to one of the ranks, and all know.
+    rank. stopping: to one of the ranks, and all know. saved: the checkpoint that is resumed.
     """
 
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
@@ -2110,6 +2125,9 @@ class Trainer:
         self.recent: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
         self.micro_batch = fit_micro_batch(cfg, run.world_size) // cfg.train_seq_len
         self.cap = cfg.max_wallclock_seconds - calibration_seconds(cfg)
+        self.saved: dict[str, Tensor] = {}
+        if cfg.resume:  # fails before warm-up
+            self.saved = run.on_all(lambda: read_checkpoint(data, cfg))
 
     def lr_scale(self, progress: float) -> float:
         """1, then linear to 0 over the warmdown."""
@@ -2194,21 +2212,22 @@ class Trainer:
         with stop_signals(self.request_stop):
             self.average = WeightAverage(self.model, self.cfg)
             self.optimizer = Optimizer(self.model, self.cfg, self.run)
-            checkpoint = None
-            if self.cfg.resume or self.cfg.checkpoint_seconds:
-                checkpoint = Checkpoint(self)
+            checkpoint = Checkpoint(self)
             self.clock_zero = self.run.sync() - self.elapsed
             while self.may_continue():
-                if checkpoint:
-                    checkpoint.note_clock()
-                    if checkpoint.is_due():
-                        with self.clock_stopped():
-                            checkpoint.save()
+                checkpoint.note_clock()
+                if checkpoint.is_due():
+                    with self.clock_stopped():
+                        checkpoint.save()
                 self.take_step()
             if self.stopping:
-                under_torchrun = TORCHRUN_KILLS if dist.is_torchelastic_launched() else ""
-                ended = f"stop requested: training ends after {self.steps} steps"
-                self.run.log(ended + under_torchrun)
+                checkpoint.save()
+                ended = f"stop requested: training ends after {self.steps} steps; RESUME=1 goes on"
+                again = "; Ctrl-C again ends the run at once"
+                launched = dist.is_torchelastic_launched()
+                self.run.row(
+                    "interrupted", ended + (TORCHRUN_KILLS if launched else again), steps=self.steps
+                )
         self.average.apply()
         self.run.row(
             "trained",
@@ -2290,6 +2309,30 @@ class Trainer:
         self.run.record[kind][-1]["step"] = self.steps
 
 
+def fingerprint(data: Data, cfg: Config) -> Tensor:
+    """SHA-256 (32,) uint8 of all that steps depend on, but the number of ranks."""
+    settings = {"seed": cfg.seed, "gptq_seconds": cfg.gptq_seconds}  # kept out of the cap
+    for section in ("Model", "Training", "Optimizer"):
+        names = (f.name for f in SECTIONS[section] if f.name not in STEPLESS)
+        settings |= {name: getattr(cfg, name) for name in names}
+    text = json.dumps([settings, len(data.train), data.corpus["vocabulary_sha256"]])
+    return torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+
+
+def read_checkpoint(data: Data, cfg: Config) -> dict[str, Tensor]:
+    """The checkpoint of RUN_ID; RunError if there is none that fits."""
+    path = Path(f"{cfg.logs_path}/{cfg.run_id}.checkpoint")
+    if not path.exists():
+        raise RunError(
+            f"RESUME=1: there is no {path}; RUN_ID names the run to go on with, "
+            "CHECKPOINT_SECONDS saves checkpoints, LOAD_WEIGHTS takes a finished training"
+        )
+    saved = read_tensors(path)
+    if not torch.equal(saved.get("made_of", torch.empty(0)), fingerprint(data, cfg)):
+        raise RunError(f"{path}: of a run with other settings or another corpus")
+    return saved
+
+
 class Checkpoint:
     """The checkpoint of a Trainer that is about to start; resumes it if RESUME=1.
 
@@ -2302,12 +2345,9 @@ class Checkpoint:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.run = trainer, trainer.run
-        self.base, self.saved_at = self.run.base, 0.0  # saved_at: training time in seconds
-        self.noted_at = 0.0  # likewise, of the last note of the clock
+        self.saved_at = self.noted_at = 0.0  # training time in seconds; noted: of the clock
         self.prime_adam()
-        cfg = trainer.cfg
-        if cfg.resume:  # the log takes a free name, but RUN_ID's checkpoint goes on
-            self.base = f"{cfg.logs_path}/{cfg.run_id}"
+        if trainer.saved:
             self.run.on_all(self.load)
             self.saved_at = trainer.elapsed
 
@@ -2331,7 +2371,7 @@ class Checkpoint:
         every, now = self.trainer.cfg.checkpoint_seconds, self.trainer.elapsed
         if every and self.run.is_main and now >= self.noted_at + CLOCK_SECONDS:
             with contextlib.suppress(RunError):  # the next note may succeed
-                write_atomic(Path(f"{self.base}.clock"), str(now).encode())
+                write_atomic(Path(f"{self.run.base}.clock"), str(now).encode())
             self.noted_at = now
 
     def tensors(self) -> dict[str, Tensor]:
@@ -2346,17 +2386,6 @@ class Checkpoint:
             parts[f"adam.{i}"] = state.values()
         return {f"{kind}.{i}": t for kind, part in parts.items() for i, t in enumerate(part)}
 
-    def fingerprint(self) -> Tensor:
-        """SHA-256 (32,) uint8 of all that steps depend on, but the number of ranks."""
-        cfg, data = self.trainer.cfg, self.trainer.data
-        settings = {"seed": cfg.seed, "gptq_seconds": cfg.gptq_seconds}  # kept out of the cap
-        for section in ("Model", "Training", "Optimizer"):
-            names = (f.name for f in SECTIONS[section] if f.name not in STEPLESS)
-            settings |= {name: getattr(cfg, name) for name in names}
-        text = json.dumps([settings, len(data.train), data.corpus["vocabulary_sha256"]])
-        digest = hashlib.sha256(text.encode()).digest()
-        return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-
     def save(self) -> None:
         """Write all that the next step depends on; all ranks take part, for momenta are divided."""
         trainer, average = self.trainer, self.trainer.average
@@ -2367,21 +2396,13 @@ class Checkpoint:
         if self.run.is_main:
             state = self.tensors()
             state["numbers"] = torch.tensor(numbers, dtype=torch.float64)
-            state["made_of"] = self.fingerprint()
-            self.run.save(".checkpoint", state, self.base)
+            state["made_of"] = fingerprint(trainer.data, trainer.cfg)
+            self.run.save(".checkpoint", state)
         self.saved_at = trainer.elapsed
 
     def load(self) -> None:
-        """Take the checkpoint of RUN_ID over; RunError if there is none that fits."""
-        trainer, average, path = self.trainer, self.trainer.average, Path(f"{self.base}.checkpoint")
-        if not path.exists():
-            raise RunError(
-                f"RESUME=1: there is no {path}; RUN_ID names the run to go on with, "
-                "CHECKPOINT_SECONDS saves checkpoints, LOAD_WEIGHTS takes a finished training"
-            )
-        saved = read_tensors(path)
-        if not torch.equal(saved.get("made_of", torch.empty(0)), self.fingerprint()):
-            raise RunError(f"{path}: of a run with other settings or another corpus")
+        """Take over what the trainer has read."""
+        trainer, average, saved = self.trainer, self.trainer.average, self.trainer.saved
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
         for bank in trainer.optimizer.banks:
@@ -2395,14 +2416,14 @@ class Checkpoint:
         lost = self.lost_seconds()
         trainer.elapsed += lost
         self.run.log(
-            f"resumed {path}: {trainer.steps} steps, {trainer.elapsed:.1f} s, of which {lost:.1f} "
-            "s were lost after it"
+            f"resumed {self.run.base}.checkpoint: {trainer.steps} steps, {trainer.elapsed:.1f} s, "
+            f"of which {lost:.1f} s were lost after it"
         )
 
     def lost_seconds(self) -> float:
         """Training time that the run before spent after its checkpoint, as far as it was noted."""
         try:
-            noted = float(Path(f"{self.base}.clock").read_text())
+            noted = float(Path(f"{self.run.base}.clock").read_text())
         except (OSError, ValueError):  # it ended before the first note
             return 0.0
         return max(0.0, noted - self.trainer.elapsed)
@@ -3246,7 +3267,7 @@ class NeuralPass:
             slot = torch.where(scored, targets - self.start, length)
             out[slot.flatten()] = self.score(inputs, targets, hints[slot]).flatten(0, 1)
             times.index_add_(0, slot.flatten(), torch.ones_like(slot.flatten(), dtype=times.dtype))
-            if progress and self.run.log_path:
+            if progress and self.run.speaks:
                 self.log_progress(batch, out)
         self.times = times[:length]
         return out[:length]
@@ -4807,7 +4828,8 @@ def audit(evaluation: Evaluation) -> list[str]:
 # What a run leaves for people: its log, the same as data (.json), a picture, and the challenge's
 # submission.json. The picture and the submission are made of the record alone.
 
-TOO_LITTLE = "TOO LITTLE TEXT"  # what it says is true, but says little: strict runs end well
+# Scores that are true, but say little: strict runs end well.
+TOO_LITTLE, INTERRUPTED = "TOO LITTLE TEXT", "INTERRUPTED"
 LEAST_VAL_DOCUMENTS, LEAST_VAL_BYTES = 10, 100_000  # below, one document decides the score
 BYTES_A_TARGET = (1.2, 8.0)  # FineWeb's by the challenge's 1,024 pieces: 2.4; by 8,192: 3.7
 CHALLENGE_TARGETS = 62_021_632  # of the validation shards of 1,024 pieces (logs of #889, #806)
@@ -5053,6 +5075,8 @@ def verdict_of(record: dict) -> dict[str, str]:
     over = [row for row in record["budget"] if row["used"] > row["limit"]]
     if over:
         found["OVER BUDGET"] = ", ".join(f"{x['name']} {x['used']}/{x['limit']:.10g}" for x in over)
+    for row in record.get("interrupted", []):
+        found[INTERRUPTED] = f"training ended by a signal after {row['steps']} steps"
     size, documents = record["result"][0]["bytes"], corpus["val_documents"]
     if size < LEAST_VAL_BYTES or documents < LEAST_VAL_DOCUMENTS:
         found[TOO_LITTLE] = f"{documents} documents, {size} bytes"
@@ -5142,10 +5166,12 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
     """Train and save the weights, or load some; export and save; the artifact, on every rank."""
     if cfg.load_weights:
         model = build_model(cfg, run, read_tensors(cfg.load_weights))
+        run.open_log(cfg)
     else:
         run.stage = "training"
         model = build_model(cfg, run)
         trainer = Trainer(model, data, cfg, run)
+        run.open_log(cfg)
         trainer.train()
         if run.is_main:
             named = model.named_parameters()
@@ -5188,7 +5214,7 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     unsaved = run.on_main(lambda: run.unsaved)
     if unsaved:
         raise RunError("; ".join(unsaved))
-    return 3 if verdict.keys() - {TOO_LITTLE} and cfg.audit == "strict" else 0
+    return 3 if verdict.keys() - {TOO_LITTLE, INTERRUPTED} and cfg.audit == "strict" else 0
 
 
 def run_all(cfg: Config, notes: list[str], run: Run) -> int:
@@ -5202,6 +5228,8 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     run.on_main(lambda: describe_run(cfg, notes, data, run))
     if cfg.load_artifact:
         blob = run.on_main(lambda: Path(cfg.load_artifact).read_bytes())
+        unpack(blob, cfg, data.corpus["vocabulary_sha256"])  # fails before a name is taken
+        run.open_log(cfg)
     else:
         blob = make_artifact(data, cfg, run)
     return evaluate_artifact(blob, data, cfg, run)

@@ -111,7 +111,10 @@ def trained(job):
 def run(workplace, tmp_path_factory):
     """The only rank of a run in this process."""
     env = workplace[1] | dict(LOGS_PATH=str(tmp_path_factory.mktemp("logs")))
-    return golf.Run(golf.load_config(env)[0])
+    cfg, _ = golf.load_config(env)
+    own = golf.Run(cfg)
+    own.open_log(cfg)
+    return own
 
 
 @pytest.fixture(scope="session")

@@ -208,8 +208,9 @@ def test_the_wall_clock_cap_holds(job):
     assert "budget train_seconds" in done.stdout and "scoring:neural" in done.final
 
 
-def test_sigterm_ends_training_and_still_scores(job):
-    process = job(wait=False, ITERATIONS="1000000", TRAIN_LOG_EVERY="1")
+def test_sigterm_ends_training_and_still_scores(job, tmp_path):
+    logs = tmp_path / "logs"
+    process = job(wait=False, ITERATIONS="200", TRAIN_LOG_EVERY="1", LOGS_PATH=str(logs))
     lines = iter(process.stdout.readline, "")
     assert any(line.startswith("step:") for line in lines)
     process.send_signal(signal.SIGTERM)
@@ -217,6 +218,15 @@ def test_sigterm_ends_training_and_still_scores(job):
     assert process.returncode == 0, out[-300:] + err
     assert "stop requested" in out and out.strip().splitlines()[-1].startswith("final ")
     assert re.search(r"^trained steps:\d+ ", out, re.MULTILINE) and not err
+    steps = re.search(r"training ends after (\d+) steps; RESUME=1 goes on; Ctrl-C again", out)[1]
+    assert f"INTERRUPTED (training ended by a signal after {steps} steps)" in out
+    more = dict(RESUME="1", LOGS_PATH=str(logs))
+    refused = job(MAX_WALLCLOCK_SECONDS="2", **more, ITERATIONS="200")
+    assert refused.returncode == 2 and "other settings" in refused.stderr
+    assert "\nwarmup " not in refused.stdout
+    done = job(ITERATIONS="200", **more)
+    assert done.returncode == 0 and f"checkpoint: {steps} steps" in done.stdout
+    assert "step:200/200" in done.stdout and "INTERRUPTED" not in done.stdout
 
 
 def test_an_existing_runs_files_stay(job, trained, tmp_path):

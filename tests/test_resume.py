@@ -95,9 +95,10 @@ def test_a_resumed_training_is_the_uninterrupted_one(job, whole, tmp_path, proce
     assert f"step:{steps + 1}/12" in done.stdout or steps == 11
     if processes == 1 and again == 1:
         assert done.final == whole.final
-        (path,) = tmp_path.glob(f"{NAME}-2.safetensors")
-        assert path.read_bytes() == files(whole)["safetensors"]
-        assert (tmp_path / f"{NAME}-2.int6.ptz").read_bytes() == files(whole)["int6.ptz"]
+        for suffix in ("safetensors", "int6.ptz"):  # under its own name
+            assert (tmp_path / f"{NAME}.{suffix}").read_bytes() == files(whole)[suffix]
+        log = (tmp_path / f"{NAME}.txt").read_text()
+        assert log.endswith(done.stdout) and f"step:{steps}/12 train_loss" in log
     elif processes == again:
         same = job(again, ITERATIONS="12", NGRAM_ENABLED="0")
         assert done.final == same.final
@@ -310,10 +311,10 @@ def test_out_of_memory_divides_the_micro_batch(data, tiny_model, monkeypatch):
         made = golf.Trainer(golf.build_model(config, run), corpus, config, run)
         forward = made.forward
 
-        def small(tokens, wanted):
+        def small(tokens, wanted, looping):
             if len(tokens) > 7:
                 raise torch.OutOfMemoryError("no memory")
-            return forward(tokens, wanted)
+            return forward(tokens, wanted, looping)
 
         made.forward = small
         return made

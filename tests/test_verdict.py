@@ -48,6 +48,10 @@ def changed(**values):
         (dict(corpus__val_documents=2), "TOO LITTLE TEXT (2 documents, 240000 bytes)"),
         (dict(result__bytes=99_999), "TOO LITTLE TEXT (17 documents, 99999 bytes)"),
         (
+            dict(interrupted=[{"steps": 7}]),
+            "INTERRUPTED (training ended by a signal after 7 steps)",
+        ),
+        (
             dict(audit=[], budget__used=16_000_001),
             "NOT AUDITED (AUDIT=0); OVER BUDGET (total_bytes 16000001/16000000)",
         ),

@@ -87,7 +87,8 @@ from tqdm import tqdm
 # A run is determined by one frozen Config. Its settings are declared here, once, with default,
 # meaning and allowed values; the environment variable is the setting's name in capitals. A recipe
 # is data: the values in which a submission differs from the defaults, which are `golf`, ours. The
-# values win in this order: environment, sizes of SCALE, recipe, default (section 2).
+# values win in this order: environment, sizes of SCALE, recipe, SHARED (at demo scale), default
+# (section 2).
 
 
 class RunError(Exception):
@@ -153,12 +154,12 @@ class ModelSettings:
     model_dim: int = setting(512, "width", (8, 65536))
     num_heads: int = setting(8, "query heads", POSITIVE)
     num_kv_heads: int = setting(4, "key and value heads", POSITIVE)
-    mlp_mult: float = setting(3.0, "hidden width of the MLP over model_dim", (0.1, 64))
+    mlp_mult: float = setting(4.0, "hidden width of the MLP over model_dim", (0.1, 64))
     relu_slope: float = setting(0.5, "MLP activation: leaky_relu(x, slope) squared", FRACTION)
     tied_embed_init_std: float = setting(0.005, "std of the token embedding at the start")
     proj_init_gain: float = setting(1.0, "gain at the start of bigram_proj and value_proj")
     logit_softcap: float = setting(30.0, "logits are softcap*tanh(x/softcap)", (1e-3, 1e6))
-    qk_gain_init: float = setting(1.5, "start of the queries' per-head gain")
+    qk_gain_init: float = setting(5.0, "start of the queries' per-head gain")
     rope_base: float = setting(10000.0, "base of the rotary embedding (RoPE)", (1, 1e9))
     rope_dims: int = setting(16, "rotated dims of each head; even", (2, 65536))
     ln_scale: bool = setting(True, "scale normed inputs by 1/sqrt(layer+1)")
@@ -171,11 +172,11 @@ class ModelSettings:
     value_residual: bool = setting(False, "mix every layer's values with the first layer's")
     loop_first: int = setting(3, "first of the blocks that are visited loop_passes times", POSITIVE)
     loop_last: int = setting(5, "last of them", POSITIVE)
-    loop_passes: int = setting(1, "visits of each of them in a pass; 1: no loop", (1, 16))
-    skip_gates: bool = setting(False, "skips are interpolated by a learned gate, not added")
-    lanes_from: int = setting(0, "first layer with two residual lanes; 0: none")
-    attn_gate: bool = setting(False, "a gate a head on attention's output, by its input")
-    content_smear: bool = setting(False, "smear by a token's embedding, and not over BOS")
+    loop_passes: int = setting(3, "visits of each of them in a pass; 1: no loop", (1, 16))
+    skip_gates: bool = setting(True, "skips are interpolated by a learned gate, not added")
+    lanes_from: int = setting(8, "first layer with two residual lanes; 0: none")
+    attn_gate: bool = setting(True, "a gate a head on attention's output, by its input")
+    content_smear: bool = setting(True, "smear by a token's embedding, and not over BOS")
     mtp_num_heads: int = setting(0, "multi-token prediction heads; trained, not exported", (0, 16))
     mtp_loss_weight: float = setting(0.2, "weight of their mean loss")
 
@@ -189,7 +190,7 @@ class TrainingSettings:
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", POSITIVE)
     micro_batch_tokens: int = setting(0, "tokens of a rank's forward pass; 0: its share, <= 98,304")
     train_seq_len: int = setting(2048, "tokens of a training sequence", (2, 10**6))
-    schedule_steps: int = setting(7000, "steps that the step counts below are parts of", POSITIVE)
+    schedule_steps: int = setting(5000, "steps that the step counts below are parts of", POSITIVE)
     warmup_steps: int = setting(20, "steps before the clock; they leave no trace")
     warmdown_iters: int = setting(3500, "final steps in which the lr falls to 0")
     loop_from: float = setting(0.35, "part of the training after which blocks loop", FRACTION)
@@ -199,7 +200,7 @@ class TrainingSettings:
     checkpoint_seconds: float = setting(0.0, "training time between checkpoints; 0: none")
     resume: bool = setting(False, "1: go on from the checkpoint of RUN_ID")
     averaging: str = setting("ema", "weights to export", ["ema", "swa", "none"])
-    ema_decay: float = setting(0.997, "per step of schedule_steps", FRACTION)
+    ema_decay: float = setting(0.9965, "per step of schedule_steps", FRACTION)
     swa_enabled: bool = setting(True, "0 turns AVERAGING=swa off")
     swa_every: int = setting(200, "steps between SWA samples, once the lr scale is < 0.5", POSITIVE)
 
@@ -208,21 +209,21 @@ class TrainingSettings:
 class OptimizerSettings:
     """Muon and AdamW (section 7)."""
 
-    matrix_lr: float = setting(0.025, "Muon's lr")
-    scalar_lr: float = setting(0.025, "AdamW's lr of vectors")
-    tied_embed_lr: float = setting(0.035, "AdamW's lr of embeddings and tied head")
+    matrix_lr: float = setting(0.022, "Muon's lr")
+    scalar_lr: float = setting(0.02, "AdamW's lr of vectors")
+    tied_embed_lr: float = setting(0.03, "AdamW's lr of embeddings and tied head")
     head_lr: float = setting(0.008, "AdamW's lr of MTP heads")
-    muon_momentum: float = setting(0.99, "Muon's momentum", FRACTION)
+    muon_momentum: float = setting(0.97, "Muon's momentum", FRACTION)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the start", FRACTION)
     muon_momentum_warmup_steps: int = setting(1500, "steps until full momentum")
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", (1, 20))
-    muon_row_norm: bool = setting(False, "1: rows of Muon's updates are normalized (MuonEq-R)")
-    muon_wd: float = setting(0.04, "Muon's decoupled weight decay")
+    muon_row_norm: bool = setting(True, "1: rows of Muon's updates are normalized (MuonEq-R)")
+    muon_wd: float = setting(0.09, "Muon's decoupled weight decay")
     beta1: float = setting(0.9, "AdamW's beta 1", FRACTION)
     beta2: float = setting(0.95, "AdamW's beta 2", FRACTION)
     adam_eps: float = setting(1e-8, "AdamW's epsilon", FRACTION)
-    adam_wd: float = setting(0.04, "AdamW's decoupled weight decay of vectors")
-    embed_wd: float = setting(0.04, "AdamW's decoupled weight decay of embeddings and heads")
+    adam_wd: float = setting(0.02, "AdamW's decoupled weight decay of vectors")
+    embed_wd: float = setting(0.085, "AdamW's decoupled weight decay of embeddings and heads")
     grad_clip_norm: float = setting(0.3, "largest norm of the averaged gradient; 0: no clipping")
 
 
@@ -312,7 +313,7 @@ TRAINING_ONLY_SETTINGS = INITIAL_SETTINGS | {"mtp_num_heads", "mtp_loss_weight"}
 ARCHITECTURE = [f.name for f in fields(ModelSettings) if f.name not in TRAINING_ONLY_SETTINGS]
 ARCHITECTURE += ["vocab_size", "matrix_bits", "embed_bits"]
 PLAIN: dict[str, Any] = {
-    "loop_first": 3,  # without a loop it does not matter which blocks
+    "loop_first": 3,  # without a loop it does not matter which
     "loop_last": 5,
     "loop_passes": 1,
     "skip_gates": False,
@@ -324,7 +325,24 @@ PLAIN: dict[str, Any] = {
 # The four submissions, openai/parameter-golf pull requests 889, 806, 890 and 1094.
 # schedule_steps: steps that their published runs took. proj_init_gain: three of them divide the
 # start of every projection by sqrt(2 NUM_LAYERS), and other projections start at 0.
-SUBMITTED: dict[str, Any] = PLAIN | {
+# SHARED: their network and schedule where golf's is what the field has found since (#1290, #1435,
+# #1529, #1667, #1851). Golf has it at demo scale too, for what it has given up pays only in a
+# network that sees many tokens a parameter (docs/network.md).
+SHARED: dict[str, Any] = PLAIN | {
+    "mlp_mult": 3.0,
+    "qk_gain_init": 1.5,
+    "schedule_steps": 7000,
+    "ema_decay": 0.997,
+    "matrix_lr": 0.025,
+    "scalar_lr": 0.025,
+    "tied_embed_lr": 0.035,
+    "muon_momentum": 0.99,
+    "muon_row_norm": False,
+    "muon_wd": 0.04,
+    "adam_wd": 0.04,
+    "embed_wd": 0.04,
+}
+SUBMITTED: dict[str, Any] = SHARED | {
     "gptq_seconds": 0.0,
     "scoring": "backoff",
     "ngram_table": "hashed",
@@ -426,6 +444,8 @@ def model_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "bigram_vocab_size", "0 or at least 2"
     if cfg.loop_passes > 1 and not cfg.loop_first <= cfg.loop_last < cfg.num_layers:
         yield "loop_last", f"from LOOP_FIRST {cfg.loop_first} to below NUM_LAYERS {cfg.num_layers}"
+    if cfg.lanes_from >= cfg.num_layers:
+        yield "lanes_from", f"0, or below NUM_LAYERS {cfg.num_layers}"
     if cfg.loop_passes > 1 and 0 < cfg.lanes_from <= cfg.loop_last:
         yield "lanes_from", f"0, or more than LOOP_LAST {cfg.loop_last}"
 
@@ -462,10 +482,13 @@ def mixing_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
 
 
 def check_config(cfg: Config) -> None:
-    """RunError for the first pair of settings that contradict each other."""
+    """RunError, in one line, for all settings that contradict each other."""
+    found = []
     for contradictions in (model_contradictions, run_contradictions, mixing_contradictions):
         for name, rule in contradictions(cfg):
-            raise RunError(f"{name.upper()}={getattr(cfg, name)}: must be {rule}")
+            found.append(f"{name.upper()}={getattr(cfg, name)}: must be {rule}")
+    if found:
+        raise RunError("; ".join(found))
 
 
 # ==================================================================================================
@@ -506,6 +529,25 @@ WITHOUT_EFFECT = {
     "QAT_ENABLED": "no gain at equal bytes: GPTQ_SECONDS calibrates after training",
     "LATE_QAT_THRESHOLD": "no gain at equal bytes: GPTQ_SECONDS calibrates after training",
     "TTT_*": "training on validation text is no part of this system",
+}
+# What other programs call our settings: a line of the log says what they are called here.
+FAMILIAR = {
+    "LR": "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR",
+    "LEARNING_RATE": "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR",
+    "WEIGHT_DECAY": "MUON_WD, ADAM_WD and EMBED_WD",
+    "N_LAYER": "NUM_LAYERS",
+    "N_LAYERS": "NUM_LAYERS",
+    "N_EMBD": "MODEL_DIM",
+    "D_MODEL": "MODEL_DIM",
+    "HIDDEN_SIZE": "MODEL_DIM",
+    "N_HEAD": "NUM_HEADS",
+    "BATCH_SIZE": "TRAIN_BATCH_TOKENS, in tokens",
+    "BLOCK_SIZE": "TRAIN_SEQ_LEN",
+    "SEQ_LEN": "TRAIN_SEQ_LEN and EVAL_SEQ_LEN",
+    "MAX_STEPS": "ITERATIONS",
+    "MAX_ITERS": "ITERATIONS",
+    "NUM_STEPS": "ITERATIONS",
+    "EPOCHS": "ITERATIONS, in steps",
 }
 # Names that other programs set: of theirs, those that look like ours; of ours, those they share.
 FOREIGN_VARIABLES = ("LOG_PATH",)
@@ -573,6 +615,10 @@ def check_name(variable: str) -> str:
     for pattern, reason in WITHOUT_EFFECT.items():
         if fnmatch.fnmatchcase(variable, pattern):
             return f"variable {variable} has no effect: {reason}"
+    if variable in FAMILIAR:
+        return f"variable {variable} has no effect: here it is {FAMILIAR[variable]}"
+    if variable.upper() in VARIABLES:
+        return f"variable {variable} has no effect: names are in capitals, {variable.upper()}"
     if len(variable) < 8 or variable in FOREIGN_VARIABLES:
         return ""
     edits = 1 if len(variable) < 12 else 2
@@ -603,6 +649,23 @@ def read_environment(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]
     return values, notes
 
 
+def layers_that_follow(cfg: Config, num_layers: int) -> dict[str, Any]:
+    """The settings that name layers, for a network of num_layers blocks instead of cfg's: what
+    counts from the end still does, the loop stays in its place of the whole."""
+    share = num_layers / cfg.num_layers
+    fewer = cfg.num_layers - num_layers
+    layers = {"xsa_last_n": round(cfg.xsa_last_n * share)}
+    layers["ve_layers"] = tuple(n - fewer for n in cfg.ve_layers if n >= fewer)
+    if cfg.loop_passes > 1:
+        first = max(1, round(cfg.loop_first * share))
+        layers["loop_first"] = min(first, num_layers - 1)
+        layers["loop_last"] = min(max(first, round(cfg.loop_last * share)), num_layers - 1)
+    if cfg.lanes_from:
+        lanes_from = max(1 + layers.get("loop_last", 0), cfg.lanes_from - fewer)
+        layers["lanes_from"] = lanes_from if lanes_from < num_layers else 0
+    return layers
+
+
 def choose_scale(cfg: Config) -> tuple[str, str]:
     """("full" or "demo", why): full where CUDA, if it may be used, and shards are present."""
     if cfg.scale != "auto":
@@ -626,16 +689,20 @@ def demo_sizes(recipe: Config, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(env: Mapping[str, str]) -> tuple[Config, list[str]]:
-    """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults."""
+    """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults, which at demo
+    scale are SHARED first."""
     values, notes = read_environment(env)
     name = values.get("recipe", Config.recipe)
     if name not in RECIPES:
         raise RunError(f"RECIPE={name!r}: allowed are {', '.join(RECIPES)}")
     if not values.keys() & {"data_path", "tokenizer_path"}:
         values |= find_public_data(values.get("vocab_size", Config.vocab_size))
-    recipe = replace(Config(), **RECIPES[name])
-    scale, reason = choose_scale(replace(recipe, **values))
+    scale, reason = choose_scale(replace(Config(), **values))
+    shared = SHARED if scale == "demo" else {}
+    recipe = replace(Config(), **(shared | RECIPES[name]))
     sizes = demo_sizes(recipe, values) if scale == "demo" else {}
+    if "num_layers" in values:
+        sizes |= layers_that_follow(recipe, values["num_layers"])
     cfg = replace(recipe, **(sizes | values | {"scale": scale}))
     if not cfg.run_id:
         cfg = replace(cfg, run_id=f"{name}-{scale}-{cfg.seed}")
@@ -650,7 +717,8 @@ def help_text() -> str:
         lines += ["", section]
         for f in settings:
             names = [f.name.upper(), *(a for a, name in ALIASES.items() if name == f.name)]
-            demo = f"; demo: {DEMO[f.name]}" if f.name in DEMO else ""
+            demo = SHARED | DEMO
+            demo = f"; demo: {demo[f.name]}" if f.name in demo else ""
             choices = ", ".join(f.metadata["allowed"] or ()) if f.type == "str" else ""
             meaning = f.metadata["meaning"] + (f" ({choices})" if choices else "")
             lines.append(f"  {' / '.join(names)}={str(f.default).strip('()')}{demo}")
@@ -1609,8 +1677,8 @@ class GPT(nn.Module):
         self.mlp_scale = filled(L, C, value=1.0)
         self.resid_mix = filled(L, 2, C)
         if cfg.lanes_from:  # layers from there on; LANE_KEEP a lane, [source, lane] of a branch
-            self.lane_keep = filled(max(0, L - cfg.lanes_from), 2, value=LANE_KEEP)
-            self.lane_route = filled(max(0, L - cfg.lanes_from), 2, 2, value=1.0)
+            self.lane_keep = filled(L - cfg.lanes_from, 2, value=LANE_KEEP)
+            self.lane_route = filled(L - cfg.lanes_from, 2, 2, value=1.0)
         if cfg.attn_gate:
             self.attn_gate = filled(L, cfg.num_heads, min(GATE_WIDTH, C))
         self.q_gain = filled(L, cfg.num_heads, value=cfg.qk_gain_init)

@@ -46,6 +46,15 @@ TINY = dict(
 )
 
 
+# The network of golf at full size, in place of the one that it shares with the submissions at demo
+# scale: loops, lanes, gates and their optimizer.
+FRONTIER = {name.upper(): str(getattr(golf.Config, name)) for name in golf.SHARED}
+# The same with fewer visits, for what is compiled.
+FEW_BLOCKS = FRONTIER | dict(
+    NUM_LAYERS="3", LOOP_FIRST="1", LOOP_LAST="1", LOOP_PASSES="2", LANES_FROM="2"
+)
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
     """A folder with 40 text files: sources of Python's own email and json packages."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_gpt as golf
-from conftest import ROOT
+from conftest import FEW_BLOCKS, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -335,10 +335,13 @@ def test_a_doctored_pass_is_found_and_strict_takes_none(job, artifact, tmp_path)
     assert "final " not in strict.stdout
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_what_a_gpu_runs_is_proved(job, processes):
+@pytest.mark.parametrize(
+    "processes, network", [(1, dict(NUM_LAYERS="4")), (2, FEW_BLOCKS)], ids=["shared", "golf"]
+)
+def test_what_a_gpu_runs_is_proved(job, processes, network):
     """Compiled graphs in bfloat16, from training to the decoder, as on CUDA."""
-    done = job(processes, COMPILE="1", COMPUTE="bfloat16", AUDIT="strict", VAL_TOKENS="2048")
+    more = dict(COMPILE="1", COMPUTE="bfloat16", AUDIT="strict", VAL_TOKENS="2048")
+    done = job(processes, **network, **more)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     rows = {row["name"]: row for row in done.record["audit"]}
     assert {row["verdict"] for row in rows.values()} == {"PASS"} and len(rows) == 5

@@ -221,6 +221,49 @@ def test_demo_sizes_follow_width_and_heads(recipe, head_dim, heads):
 
 
 @pytest.mark.parametrize("recipe", golf.RECIPES)
+def test_layers_follow_their_number(recipe):
+    """NUM_LAYERS alone is enough; what is set beside it stays."""
+    for count in range(2, 40):
+        cfg, _ = golf.load_config(dict(RECIPE=recipe, SCALE="full", NUM_LAYERS=str(count)))
+        walk = golf.block_visits(cfg, looping=True)
+        assert {visit.layer for visit in walk} == set(range(count))
+        assert (len(walk) > count) == (recipe == "golf")
+        assert not cfg.ve_enabled or cfg.ve_layers == (count - 2, count - 1)
+        assert cfg.xsa_last_n == round(golf.RECIPES[recipe].get("xsa_last_n", 11) * count / 11)
+    full, _ = golf.load_config(dict(RECIPE=recipe, SCALE="full", NUM_LAYERS="11"))
+    assert full == golf.load_config(dict(RECIPE=recipe, SCALE="full"))[0]
+    env = dict(NUM_LAYERS="6", VE_LAYERS="1", XSA_LAST_N="2", SCALE="full", RECIPE=recipe)
+    cfg, _ = golf.load_config(env)
+    assert (cfg.ve_layers, cfg.xsa_last_n) == ((1,), 2)
+
+
+def test_golf_at_demo_scale_has_the_shared_trunk():
+    demo, _ = golf.load_config(dict(SCALE="demo"))
+    assert {name: getattr(demo, name) for name in golf.SHARED} == golf.SHARED
+    full, _ = golf.load_config(dict(SCALE="full"))
+    same = {name for name, value in golf.SHARED.items() if getattr(full, name) == value}
+    assert same == {"loop_first", "loop_last"}
+    wide, _ = golf.load_config(dict(SCALE="demo", MLP_MULT="4", LOOP_PASSES="2"))
+    assert (wide.mlp_mult, wide.loop_passes, wide.muon_wd) == (4.0, 2, 0.04)
+
+
+@pytest.mark.parametrize("name, ours", [*golf.FAMILIAR.items(), ("num_layers", "NUM_LAYERS")])
+def test_familiar_names_of_other_programs_are_answered(name, ours):
+    """...by a line that names ours; they may be meant for another program, and end no run."""
+    _, notes = golf.load_config({name: "6"})
+    (note,) = (note for note in notes if f"variable {name} " in note)
+    assert ours in note and all(n in KNOWN for n in ours.replace(",", "").split() if n.isupper())
+
+
+def test_all_contradictions_are_told_at_once():
+    with pytest.raises(golf.RunError) as error:
+        golf.load_config(dict(NUM_LAYERS="4", VE_LAYERS="9", XSA_LAST_N="8", EVAL_STRIDE="9999"))
+    line = str(error.value)
+    assert line.count("must be") == 3 and "\n" not in line
+    assert all(name in line for name in ("VE_LAYERS", "XSA_LAST_N", "EVAL_STRIDE"))
+
+
+@pytest.mark.parametrize("recipe", golf.RECIPES)
 @pytest.mark.parametrize("scale", ["demo", "full"])
 def test_every_recipe_resolves_at_both_scales(recipe, scale):
     cfg, _ = golf.load_config(dict(RECIPE=recipe, SCALE=scale))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import reference
 import train_gpt as golf
+from conftest import FRONTIER
 
 # The submissions' published variables.
 PUBLISHED = dict(
@@ -95,13 +96,15 @@ def test_a_cold_start_depends_on_the_number_of_ranks(job, trained):
     assert results(one)[key]["val_bpb"] == results(two)[key]["val_bpb"]
 
 
-def test_two_ranks_train_the_same_network(job, trained):
-    done = job(2)
-    assert done.returncode == 0, done.stderr
-    assert [len(d.record["train"]) for d in (trained, done)] == [6, 6]
-    final = [d.record["validation"][-1]["val_loss"] for d in (trained, done)]
+@pytest.mark.parametrize("network", [{}, FRONTIER], ids=["shared", "golf's"])
+def test_two_ranks_train_the_same_network(job, trained, network):
+    alone = job(AUDIT="strict", **network) if network else trained
+    done = job(2, **network)
+    assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
+    assert [len(d.record["train"]) for d in (alone, done)] == [6, 6]
+    final = [d.record["validation"][-1]["val_loss"] for d in (alone, done)]
     assert abs(final[0] - final[1]) < 1e-3
-    one, two = (load_file(d.logs / "golf-demo-1337.safetensors") for d in (trained, done))
+    one, two = (load_file(d.logs / "golf-demo-1337.safetensors") for d in (alone, done))
     assert one.keys() == two.keys()
     for name in one:
         gap, moved = (one[name] - two[name]).abs().max(), one[name].abs().max()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train_gpt as golf
-from conftest import ROOT
+from conftest import FRONTIER, ROOT
 
 NAME = "golf-demo-1337"
 
@@ -69,7 +69,7 @@ def killed_after(job, step, logs, processes=1, **variables):
     process.communicate(timeout=60)
 
 
-def resumed(job, logs, processes=1):
+def resumed(job, logs, processes=1, **variables):
     """Go on with what killed_after has left."""
     done = job(
         processes,
@@ -78,6 +78,7 @@ def resumed(job, logs, processes=1):
         NGRAM_ENABLED="0",
         TRAIN_LOG_EVERY="1",
         LOGS_PATH=str(logs),
+        **variables,
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -104,6 +105,17 @@ def test_a_resumed_training_is_the_uninterrupted_one(job, whole, tmp_path, proce
         assert done.final == same.final
     loss = [float(re.search(r"step:12/12 train_loss:(\S+)", d.stdout)[1]) for d in (whole, done)]
     assert abs(loss[0] - loss[1]) < 1e-3
+
+
+def test_blocks_loop_in_a_resumed_training_as_in_the_whole(job, tmp_path):
+    """Killed before the loop is switched on, at 0.35 of 12 steps."""
+    done = job(ITERATIONS="12", NGRAM_ENABLED="0", AUDIT="strict", **FRONTIER)
+    assert done.returncode == 0, done.stderr
+    killed_after(job, 3, tmp_path, **FRONTIER)
+    again = resumed(job, tmp_path, **FRONTIER)
+    for suffix, content in files(done).items():
+        assert (tmp_path / f"{NAME}.{suffix}").read_bytes() == content
+    assert again.final == done.final
 
 
 def test_checkpoints_that_do_not_fit_are_refused(job, tmp_path):

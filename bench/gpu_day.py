@@ -255,11 +255,22 @@ QUICK = ("--repeats", "1", "--seconds", "1")
 SCORED_TARGETS = "8388608"  # most that stages f3 and f4 score
 
 
-def trained(recipe: str) -> Command:
-    """Training and export, with as little evaluation as there may be."""
+def trained(recipe: str, name: str = "", changes: dict[str, str] | None = None) -> Command:
+    """Training and export, with as little evaluation as there may be; changes: of the recipe."""
     env = {"RECIPE": recipe, "MAX_WALLCLOCK_SECONDS": "400", "WARMUP_STEPS": "5"}
     env |= {"VAL_TOKENS": "131072", "EVAL_STRIDE": "1024", "AUDIT": "0"}
-    return Command(recipe, RUN, FULL | env, small_env={"EVAL_STRIDE": "64"})
+    return Command(
+        name or recipe, RUN, FULL | env | (changes or {}), small_env={"EVAL_STRIDE": "64"}
+    )
+
+
+def of_shared_trunk(letter: str, name: str, shows: str, changes: dict[str, str]) -> Stage:
+    """A training of the network that golf had before the field's ingredients, with changes."""
+    shared = {key.upper(): str(value) for key, value in golf.SHARED.items()}
+    figures = (f"{name}.steps", f"{name}.step_ms", f"{name}.unquantized_bpb")
+    figures += (f"{name}.export_seconds",)
+    command = trained("golf", name, shared | changes)
+    return Stage(letter, f"train {name}", shows, 9, (command,), run_figures, figures)
 
 
 def scored(recipe: str, stage: str) -> Command:
@@ -414,6 +425,13 @@ STAGES = (
         ("pr1094.bpb", "pr1094.mixer_gain_bpb", "pr1094.eval_seconds", "pr1094.audit"),
         ("{out}/f2/pr1094/pr1094.int6.ptz",),
     ),
+    of_shared_trunk(
+        "g1",
+        "wide",
+        "the submissions' network with an MLP of 4 times its width",
+        {"MLP_MULT": "4.0"},
+    ),
+    of_shared_trunk("g2", "shared", "the submissions' network, with our data and export", {}),
     Stage(
         "e",
         "quantization",

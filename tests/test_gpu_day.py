@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 
-LETTERS = ["a", "b", "c1", "c2", "d1", "d2", "f1", "f2", "f3", "f4", "e"]
+LETTERS = ["a", "b", "c1", "c2", "d1", "d2", "f1", "f2", "f3", "f4", "g1", "g2", "e"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,260 @@
+"""Which ingredients earn their place? Small networks that are full, trained by each in turn.
+
+    python bench/ingredients.py --data FOLDER                  all arms, two seeds; hours
+    python bench/ingredients.py --data FOLDER --only old,whole --seeds 1337
+    python bench/ingredients.py --report                       the table of what is there
+
+FOLDER has *_train_*.bin and *_val_*.bin of the challenge's 1,024 pieces, and tokenizer.model. What
+a network of 27 M parameters is after 5.5 billion tokens, one of 0.15 M is after some millions:
+full. There capacity, depth and schedules count as they do at full size, which a run of two minutes
+at demo size cannot show. Every arm is a whole run of train_gpt.py: the same steps on a full
+schedule, the network alone, scored before and after export in the same bytes, which bind as 16 MB
+do at full size (BITS a parameter of the widest arm).
+
+"plus" arms add one ingredient to `old`, the network of the submissions with our exporter; "minus"
+arms take one out of `whole`; "decay" arms are `whole` with another weight decay. Runs are kept in
+--out and never repeated; an interrupted day goes on where it was.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from common import golf
+
+ROOT = Path(__file__).resolve().parent.parent
+BITS = 3.9  # a parameter of the widest arm; 32.7 M parameters in 16,000,000 bytes less code: 3.88
+STEPS = 1200
+
+# A network of 0.15 M parameters, everything in proportion to 11 x 512; its text alone.
+PROXY = {
+    "SCALE": "demo",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "4",
+    "BIGRAM_VOCAB_SIZE": "128",
+    "BIGRAM_DIM": "8",
+    "VE_DIM": "8",
+    "TRAIN_BATCH_TOKENS": "4096",
+    "ITERATIONS": str(STEPS),
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "VAL_LOSS_EVERY": "0",
+    "VAL_TOKENS": "524288",
+    "EVAL_STRIDE": "256",
+    "NGRAM_ENABLED": "0",
+    "SCORING": "neural",
+    "AUDIT": "0",
+    "COMPILE": "1",
+}
+# The network and schedule before any ingredient: the submissions'.
+OLD = {name.upper(): str(value) for name, value in golf.SHARED.items()}
+INGREDIENTS = {
+    "mlp4": {"MLP_MULT": "4"},
+    "schedule": {
+        "MATRIX_LR": "0.022",
+        "MUON_WD": "0.09",
+        "TIED_EMBED_LR": "0.03",
+        "EMBED_WD": "0.085",
+        "SCALAR_LR": "0.02",
+        "ADAM_WD": "0.02",
+        "SCHEDULE_STEPS": "5000",
+        "EMA_DECAY": "0.9965",
+    },
+    "loop": {"LOOP_PASSES": "3", "SKIP_GATES": "1"},
+    "lanes": {"LANES_FROM": "8"},
+    "attngate": {"ATTN_GATE": "1"},
+    "smear": {"CONTENT_SMEAR": "1"},
+    "momentum": {"MUON_MOMENTUM": "0.97"},
+    "rownorm": {"MUON_ROW_NORM": "1", "QK_GAIN_INIT": "5"},
+}
+LAYER_BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+NOISE = 0.05  # of a matrix's root mean square
+DECAYS = ("0.02", "0.04", "0.065")  # beside the whole's 0.09
+
+
+def together(names) -> dict[str, str]:
+    """The settings of several ingredients."""
+    return {k: v for name in names for k, v in INGREDIENTS[name].items()}
+
+
+def arms() -> dict[str, dict[str, str]]:
+    """Settings beside PROXY and OLD of every arm, by name."""
+    whole = together(INGREDIENTS)
+    found = {"old": {}, "whole": whole}
+    found |= {f"plus_{name}": settings for name, settings in INGREDIENTS.items()}
+    for name in INGREDIENTS:
+        found[f"minus_{name}"] = together(n for n in INGREDIENTS if n != name)
+    for decay in DECAYS:
+        found[f"decay_{decay}"] = whole | {"MUON_WD": decay, "EMBED_WD": decay}
+    return found
+
+
+def budget_bytes(data: Path) -> int:
+    """Bytes of code and artifact: BITS a parameter of the widest arm."""
+    env = PROXY | OLD | INGREDIENTS["mlp4"] | shards(data)
+    model = golf.GPT(golf.load_config(env)[0], None)
+    parameters = sum(p.numel() for p in model.parameters())
+    return golf.code_bytes() + round(BITS * parameters / 8)
+
+
+def shards(data: Path) -> dict[str, str]:
+    """The variables of a folder of shards."""
+    return {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")}
+
+
+def train(name: str, seed: int, settings: dict[str, str], out: Path, data: Path) -> str:
+    """Run an arm, unless it is there; a line about it."""
+    own = {"RUN_ID": f"{name}-{seed}", "SEED": str(seed), "LOGS_PATH": str(out)}
+    if (out / f"{own['RUN_ID']}.json").exists():
+        return f"{own['RUN_ID']}: kept"
+    budget = {"ARTIFACT_BYTES": str(budget_bytes(data))}
+    env = os.environ | PROXY | OLD | settings | shards(data) | budget | own
+    env["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=ROOT, env=env, capture_output=True)
+    last = (done.stdout + done.stderr).decode().strip().splitlines()[-1]
+    return f"{own['RUN_ID']}: {last}"
+
+
+def figures(path: Path) -> dict[str, float]:
+    """Of a run's record: bpb before and after export, milliseconds a step, parameters, bytes."""
+    record = json.loads(path.read_text())
+    trained = record["trained"][-1]
+    return {
+        "before": record["validation"][-1]["val_bpb"],
+        "after": record["result"][-1]["val_bpb"],
+        "step_ms": 1000 * trained["train_seconds"] / trained["steps"],
+        "parameters": record["model"][-1]["parameters"],
+        "bytes": record["artifact"][-1]["artifact_bytes"],
+    }
+
+
+def runs_of(name: str, out: Path) -> dict[int, dict[str, float]]:
+    """{seed: figures} of an arm's runs."""
+    found = {}
+    for path in sorted(out.glob(f"{name}-*.json")):
+        seed = path.stem.removeprefix(f"{name}-")
+        if seed.isdigit():
+            found[int(seed)] = figures(path)
+    return found
+
+
+def differences(runs: dict, base: dict) -> list[float]:
+    """After export, of the seeds that both have: the arm's bpb less the base's."""
+    return [runs[seed]["after"] - base[seed]["after"] for seed in sorted(runs.keys() & base.keys())]
+
+
+def row(name: str, runs: dict, base: dict) -> str:
+    """A line of the table."""
+    mean = {
+        key: statistics.mean(r[key] for r in runs.values()) for key in next(iter(runs.values()))
+    }
+    spread = max(r["after"] for r in runs.values()) - min(r["after"] for r in runs.values())
+    own = differences(runs, base)
+    against = f"{statistics.mean(own):+.4f}" if own else ""
+    each = " ".join(f"{d:+.4f}" for d in own)
+    return (
+        f"| {name} | {len(runs)} | {mean['parameters']:,.0f} | {mean['bytes']:,.0f} | "
+        f"{mean['before']:.4f} | {mean['after']:.4f} | {mean['after'] - mean['before']:.4f} | "
+        f"{spread:.4f} | {against} | {each} | {mean['step_ms']:.0f} |"
+    )
+
+
+def report(out: Path) -> None:
+    """Print the table of the runs that are there; plus arms against old, others against whole."""
+    print(
+        "| arm | seeds | parameters | bytes | before export | after | gap | spread | difference |",
+        end="",
+    )
+    print(" each seed | ms a step |\n|" + 11 * "---|")
+    bases = {name: runs_of(name, out) for name in ("old", "whole")}
+    for name in arms():
+        runs = runs_of(name, out)
+        base = bases["old" if name.startswith("plus") or name == "whole" else "whole"]
+        if runs:
+            print(row(name, runs, {} if name == "old" else base))
+
+
+@torch.no_grad()
+def harm(model, tokens, layer: int, seed: int = 0) -> float:
+    """KL divergence, nats a token, of a network to itself with NOISE in a layer's matrices."""
+    clean = model.logits(tokens).double().log_softmax(-1)
+    generator, kept = torch.Generator().manual_seed(seed), {}
+    for name in LAYER_BANKS:
+        bank = getattr(model, name)
+        kept[name] = bank.clone()
+        for matrix in bank[layer :: model.cfg.num_layers]:
+            noise = torch.randn(matrix.shape, generator=generator)
+            matrix.add_(NOISE * matrix.square().mean().sqrt() * noise)
+    noisy = model.logits(tokens).double().log_softmax(-1)
+    for name, bank in kept.items():
+        getattr(model, name).copy_(bank)
+    return float((clean.exp() * (clean - noisy)).sum(-1).mean())
+
+
+def sensitivities(name: str, out: Path, data: Path) -> tuple[list[float], list[float]]:
+    """Of the first seed's weights of an arm: what NOISE in each layer's matrices does, and what
+    the export's sensitivities, mean square gradients of training text, say that it does."""
+    path = min(out.glob(f"{name}-*.safetensors"))
+    own = {"LOGS_PATH": tempfile.mkdtemp(), "COMPILE": "0"}
+    cfg, _ = golf.load_config(PROXY | OLD | arms()[name] | shards(data) | own)
+    run = golf.Run(cfg)
+    model = golf.build_model(cfg, run, golf.read_tensors(path))
+    found = golf.load_data(cfg, run)
+    seen = golf.observe(model, found, cfg, run, math.inf, golf.CALIBRATION_SEQUENCES)
+    torch.distributed.destroy_process_group()
+    told = torch.zeros(cfg.num_layers)
+    for bank in LAYER_BANKS:
+        squares = getattr(model, bank).detach().square().mean((1, 2))
+        told += (seen.rows[bank].sum(1) * squares).view(-1, cfg.num_layers).sum(0)
+    tokens = found.val[: 32 * cfg.eval_seq_len].view(32, -1)
+    return [harm(model, tokens, i) for i in range(cfg.num_layers)], told.tolist()
+
+
+def shares(values: list[float]) -> str:
+    """Each value over their mean."""
+    return " ".join(f"{value / statistics.mean(values):.2f}" for value in values)
+
+
+def main() -> None:
+    """Run the arms that are asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of shards and their tokenizer.model")
+    parser.add_argument("--out", type=Path, default=ROOT / "logs/ingredients")
+    parser.add_argument("--only", default="", help="arms, by name, separated by commas")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    parser.add_argument("--sensitivities", action="store_true", help="only of --only's, by layer")
+    args = parser.parse_args()
+    if args.sensitivities:
+        for name in args.only.split(","):
+            measured, told = sensitivities(name, args.out, args.data)
+            print(f"{name}, by layer: measured {shares(measured)}; told {shares(told)}")
+        return
+    wanted = {k: v for k, v in arms().items() if not args.only or k in args.only.split(",")}
+    if not args.report:
+        if not args.data or not (args.data / "tokenizer.model").exists():
+            parser.error("--data: a folder of shards with tokenizer.model is needed")
+        with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+            jobs = [
+                pool.submit(train, name, seed, settings, args.out, args.data)
+                for seed in args.seeds
+                for name, settings in wanted.items()
+            ]
+            for job in jobs:
+                print(job.result(), flush=True)
+    report(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -225,6 +225,57 @@ def shares(values: list[float]) -> str:
     return " ".join(f"{value / statistics.mean(values):.2f}" for value in values)
 
 
+class SavesItsInputs(torch.autograd.Function):
+    """What FlashAttention keeps for its backward pass: queries, keys, values and output."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y)
+        return y
+
+
+def saved_bytes(cfg, looping: bool) -> int:
+    """Bytes that a micro-batch's forward pass keeps for the backward pass, operation by operation,
+    in bfloat16 on no device at all; a compiled graph keeps less. Parameters are not counted."""
+    with torch.device("meta"):
+        model = golf.GPT(cfg, lambda q, k, v, causal: SavesItsInputs.apply(q, k, v), torch.bfloat16)
+        shape = (golf.MOST_MICRO_BATCH_TOKENS // cfg.train_seq_len, cfg.train_seq_len)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+    own = {id(p.untyped_storage()) for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if id(storage) not in own:
+            kept[id(storage)] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(tokens, tokens, looping)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def full_size() -> None:
+    """Print what the networks are at full size, by arithmetic."""
+    free = 8 * (golf.Config.artifact_bytes - golf.code_bytes())
+    shared = golf.replace(golf.Config(), **golf.SHARED)
+    networks = {
+        "shared": shared,
+        "shared, MLP_MULT=4": golf.replace(shared, mlp_mult=4.0),
+        "golf": golf.Config(),
+        "golf, 4,096 pieces": golf.replace(golf.Config(), vocab_size=4096),
+        "golf, 8,192 pieces": golf.replace(golf.Config(), vocab_size=8192),
+    }
+    print("| network | parameters | bits a parameter | GiB kept for backward | with the loop |")
+    print("|---|---|---|---|---|")
+    for name, cfg in networks.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in golf.GPT(cfg, None).parameters())
+        kept = [f"{saved_bytes(cfg, looping) / 2**30:.1f}" for looping in (False, True)]
+        print(f"| {name} | {count:,} | {free / count:.2f} | {kept[0]} | {kept[1]} |")
+
+
 def main() -> None:
     """Run the arms that are asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -235,7 +286,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--report", action="store_true", help="only print the table")
     parser.add_argument("--sensitivities", action="store_true", help="only of --only's, by layer")
+    parser.add_argument("--full-size", action="store_true", help="parameters, bits and memory")
     args = parser.parse_args()
+    if args.full_size:
+        full_size()
+        return
     if args.sensitivities:
         for name in args.only.split(","):
             measured, told = sensitivities(name, args.out, args.data)

@@ -56,6 +56,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import signal
 import struct
 import subprocess
@@ -140,7 +141,7 @@ class DataSettings:
 
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of shards")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "their tokenizer")
-    text_files: str = setting("", "globs of UTF-8 text separated by ':'; each file is a document")
+    text_files: str = setting("", "folders or globs of text, separated by ':'; a file, a document")
     prepared_path: str = setting("data", "folder for tokenizers and shards made from text")
     vocab_size: int = setting(1024, "pieces of the tokenizer", (260, 65536))
     val_tokens: int = setting(0, "validation targets to score; 0: all")
@@ -1313,23 +1314,47 @@ def python_documents() -> list[Document]:
     return [(name, text) for name, text in documents if text and SPACE not in text]
 
 
-def user_documents(patterns: str) -> list[Document]:
-    """The files that the globs match; RunError if there are none or one is unfit."""
-    paths: set[str] = set()
+def user_files(patterns: str) -> tuple[list[str], list[str]]:
+    """(files that the globs match, files inside of folders that they match), each sorted."""
+    matches: set[str] = set()
     for pattern in filter(None, patterns.split(":")):
-        paths.update(glob.glob(os.path.expanduser(pattern), recursive=True))
-    documents = []
-    for path in sorted(filter(os.path.isfile, paths)):
+        matches.update(glob.glob(os.path.expanduser(pattern), recursive=True))
+    files = sorted(filter(os.path.isfile, matches))
+    folders = filter(os.path.isdir, matches)
+    inside = {str(p) for folder in folders for p in Path(folder).rglob("*") if p.is_file()}
+    return files, sorted(inside - {*files})
+
+
+def user_documents(patterns: str) -> tuple[list[Document], dict[str, int]]:
+    """(documents of the files and folders that the globs match, {what is to be known of them: how
+    many}); RunError if there are none or a file is unfit, unless its folder was named, not it."""
+    files, inside = user_files(patterns)
+    documents, not_text = [], 0
+    for path, is_named in [*((p, True) for p in files), *((p, False) for p in inside)]:
         try:
             text = Path(path).read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            if SPACE in text:
+                raise RunError(f"{path}: has U+2581, SentencePiece's space: replace it")
+        except (OSError, UnicodeDecodeError, RunError) as error:
+            if not is_named:
+                not_text += 1
+                continue
+            if isinstance(error, RunError):
+                raise
             raise RunError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-        if SPACE in text:
-            raise RunError(f"{path}: has the character U+2581, SentencePiece's space: replace it")
         documents.append((path, text))
     if not documents:
-        raise RunError(f"TEXT_FILES={patterns!r} matches no file; give globs separated by ':'")
-    return [(name, text) for name, text in documents if text]
+        raise RunError(
+            f"TEXT_FILES={patterns!r} matches no file of text; give folders or globs separated by "
+            "':'"
+        )
+    facts = {
+        "files": len(documents) + not_text,
+        "left out, no UTF-8 text": not_text,
+        "left out, empty": sum(not text for _, text in documents),
+        "with CRLF line ends, which stay": sum("\r\n" in text for _, text in documents),
+    }
+    return [(name, text) for name, text in documents if text], facts
 
 
 def cut_documents(documents: list[Document]) -> list[Document]:
@@ -1372,9 +1397,16 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> bytes:
             **TOKENIZER_OPTIONS,
         )
     except RuntimeError as error:
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if least:
+            raise RunError(
+                f"VOCAB_SIZE={vocab_size}: the text's characters need {least[1]}, set a higher one"
+            ) from None
+        most = re.search(r"<= (\d+)\.", str(error))
+        found = f"it has at most {most[1]}" if most else str(error).splitlines()[-1]
         raise RunError(
-            f"the text is too small or too uniform for a tokenizer of {vocab_size} pieces; give "
-            f"more text ({str(error).splitlines()[-1]})"
+            f"VOCAB_SIZE={vocab_size}: the text is too small or too uniform for so many pieces "
+            f"({found}); set a lower VOCAB_SIZE, or give more text"
         ) from None
     return model.getvalue()
 
@@ -1391,17 +1423,29 @@ def encode_documents(tokenizer, documents: list[Document], table: ByteTable) -> 
     return np.concatenate(encoded)
 
 
+def shortened(names: list[str], most: int = 5) -> str:
+    """Different names, of which there may be many, in a line."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def prepare_text(cfg: Config, run: Run) -> Path:
     """Tokenizer and shards of the text, made once; the folder, named by the text's hash."""
     started = time.perf_counter()
-    documents = user_documents(cfg.text_files) if cfg.text_files else python_documents()
+    documents, facts = python_documents(), {}
+    if cfg.text_files:
+        documents, facts = user_documents(cfg.text_files)
     made_of = repr((TEXT_FORMAT, cfg.vocab_size, documents))
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     folder = Path(cfg.prepared_path) / f"text_{digest[:16]}"
+    train, val = split_documents(documents)
+    if facts:
+        told = ", ".join(f"{count} {what}" for what, count in facts.items() if count)
+        run.log(f"text: {told}; held out for validation: {shortened([n for n, _ in val])}")
     if (folder / "corpus.json").exists():  # written last
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    train, val = split_documents(documents)
     model = folder / "tokenizer.model"
     write_atomic(model, train_tokenizer(train, cfg.vocab_size))
     tokenizer = load_tokenizer(str(model), cfg.vocab_size)

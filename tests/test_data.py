@@ -245,3 +245,39 @@ def test_text_with_the_space_sign_is_refused(tmp_path):
 def test_python_brings_enough_text():
     documents = golf.python_documents()
     assert sum(len(t) for _, t in documents) > 3_000_000 and len(documents) > 200
+
+
+def test_a_folder_of_text_is_enough(tmp_path, data, capsys):
+    """What is no text in it is left out and told; a file that is named itself must be text."""
+    cfg, run, _ = data
+    folder = tmp_path / "notes"
+    (folder / "deep").mkdir(parents=True)
+    for i in range(25):
+        (folder / f"{i:02}.md").write_text(f"Note {i} says this and that, {i * i} times.\n" * 40)
+    (folder / "deep" / "crlf.txt").write_bytes(b"one\r\ntwo \xf0\x9f\x98\x80\r\n" * 40)
+    (folder / "empty.txt").touch()
+    (folder / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    documents, facts = golf.user_documents(f"{folder}")
+    assert len(documents) == 26 and [*facts.values()] == [28, 1, 1, 1]
+    both, _ = golf.user_documents(f"{folder}:{folder}/*.md")
+    assert sorted(both) == sorted(documents)
+    with pytest.raises(golf.RunError, match="picture.png: cannot be read as UTF-8"):
+        golf.user_documents(f"{folder}/*")
+    own = golf.replace(cfg, text_files=str(folder), prepared_path=str(tmp_path), vocab_size=300)
+    for _ in range(2):  # also when it is prepared already
+        golf.prepare_text(own, run)
+        line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("text: "))
+        assert line.startswith(
+            "text: 28 files, 1 left out, no UTF-8 text, 1 left out, empty, 1 with CRLF line ends, "
+            "which stay; held out for validation: "
+        )
+        assert ".md" in line.split(": ")[-1]
+    with pytest.raises(golf.RunError, match="^VOCAB_SIZE=4096: .*set a lower VOCAB_SIZE"):
+        golf.prepare_text(golf.replace(own, vocab_size=4096), run)
+    with pytest.raises(golf.RunError, match="^VOCAB_SIZE=261: .*need 2.., set a higher one"):
+        golf.prepare_text(golf.replace(own, vocab_size=261), run)
+
+
+def test_many_names_are_shortened():
+    assert golf.shortened(["a", "a", "b"]) == "a, b"
+    assert golf.shortened([*"abcdefg"]) == "a, b, c, d, e and 2 more"

@@ -650,6 +650,23 @@ def read_environment(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]
     return values, notes
 
 
+def settings_of_artifact(path: Path) -> dict[str, Any]:
+    """Text, vocabulary and sizes of the run that made an artifact, from its record beside it; of
+    an artifact alone the size of its vocabulary; {} where neither can be read, which is told later.
+    """
+    record = path.with_name(path.name.split(".int")[0] + ".json")
+    try:
+        if not record.exists():
+            header = json.loads(open_artifact(path.read_bytes())[0])
+            return {"vocab_size": header["architecture"]["vocab_size"]}
+        made_by = json.loads(record.read_bytes())["config"]
+    except (OSError, ValueError, KeyError, TypeError, RunError):
+        return {}
+    names = [f.name for f in fields(DataSettings)] + ["scale", "eval_seq_len"]
+    found = {name: made_by[name] for name in names if name in made_by}
+    return {name: parse_value(name, str(value)) for name, value in found.items()}
+
+
 def layers_that_follow(cfg: Config, num_layers: int) -> dict[str, Any]:
     """The settings that name layers, for a network of num_layers blocks instead of cfg's: what
     counts from the end still does, the loop stays in its place of the whole."""
@@ -675,7 +692,7 @@ def choose_scale(cfg: Config) -> tuple[str, str]:
         return "demo", "DEVICE is cpu"
     if torch.cuda.is_available() and find_shards(cfg.data_path, "train"):
         return "full", f"CUDA and train shards at {cfg.data_path} are present"
-    return "demo", f"CUDA and train shards at {cfg.data_path} are not both present"
+    return "demo", f"a laptop's sizes, for want of CUDA with train shards at {cfg.data_path}"
 
 
 def demo_sizes(recipe: Config, values: dict[str, Any]) -> dict[str, Any]:
@@ -693,6 +710,13 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, list[str]]:
     """(configuration, log lines): environment > sizes of SCALE > RECIPE > defaults, which at demo
     scale are SHARED first."""
     values, notes = read_environment(env)
+    if values.get("load_artifact"):
+        known = settings_of_artifact(Path(values["load_artifact"]))
+        taken = {k: v for k, v in known.items() if k not in values and v != FIELDS[k].default}
+        if taken:
+            told = " ".join(f"{name.upper()}={value}" for name, value in taken.items())
+            notes.append(f"as the artifact's own run: {told}")
+        values = taken | values
     name = values.get("recipe", Config.recipe)
     if name not in RECIPES:
         raise RunError(f"RECIPE={name!r}: allowed are {', '.join(RECIPES)}")
@@ -4989,8 +5013,14 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     }
     run.record["corpus"] = data.corpus
     run.record["config"] = {name: settings[name] for name in FIELDS}
-    for kind in ("facts", "corpus", "config"):
+    for kind in ("facts", "corpus"):
         run.log(f"{kind} " + " ".join(f"{k}:{v}" for k, v in run.record[kind].items()))
+    usual = asdict(load_config({"RECIPE": cfg.recipe, "SCALE": cfg.scale})[0])
+    changed = [f"{k.upper()}={v}" for k, v in run.record["config"].items() if v != usual[k]]
+    told = " ".join(changed) or "nothing"
+    run.log(
+        f"changed from {cfg.recipe} at scale {cfg.scale}: {told} (every setting is in the .json)"
+    )
 
 
 def unigram_bpb(data: Data) -> float:

@@ -119,6 +119,24 @@ def test_larger_vocabularies_are_proved_like_any(job, pieces):
     assert [row["verdict"] for row in done.record["audit"]] == 5 * ["PASS"]
 
 
+def test_an_artifact_knows_its_text_and_vocabulary(job, trained, tmp_path):
+    """From its run's record beside it; alone it knows how many pieces its vocabulary has."""
+    artifact = trained.logs / "golf-demo-1337.int6.ptz"
+    own = ("TEXT_FILES", "PREPARED_PATH", "VOCAB_SIZE", "VAL_TOKENS", "EVAL_SEQ_LEN", "SCALE")
+    done = job(LOAD_ARTIFACT=str(artifact), drop=own)
+    assert done.returncode == 0, done.stderr
+    assert done.final == trained.final
+    told = next(x for x in done.stdout.splitlines() if x.startswith("as the artifact's own run: "))
+    assert all(f"{name}=" in told for name in own)
+    alone = tmp_path / "x.int6.ptz"
+    alone.write_bytes(artifact.read_bytes())
+    cfg, notes = golf.load_config(dict(LOAD_ARTIFACT=str(alone)))
+    assert cfg.vocab_size == 512 and "as the artifact's own run: VOCAB_SIZE=512" in notes
+    assert golf.load_config(dict(LOAD_ARTIFACT=str(alone), VOCAB_SIZE="600"))[0].vocab_size == 600
+    for bad in (tmp_path / "none", tmp_path):
+        assert golf.load_config(dict(LOAD_ARTIFACT=str(bad)))[0].vocab_size == 1024
+
+
 def test_a_stride_and_scoring_of_choice_on_an_artifact(job, trained):
     artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
     done = job(LOAD_ARTIFACT=artifact, EVAL_STRIDE="64", SCORING="neural", VAL_TOKENS="1024")

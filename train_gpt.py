@@ -116,6 +116,7 @@ class RunSettings:
 
     recipe: str = setting("golf", "ours (golf) or a submission's (pr889, pr806, pr890, pr1094)")
     scale: str = setting("auto", "the challenge's size or a laptop's", ["auto", "full", "demo"])
+    smoke: bool = setting(False, "1: everything once in a minute, at a size that says nothing")
     run_id: str = setting("", "name of the run's files; empty: recipe-scale-seed")
     seed: int = setting(1337, "seed of the initialization", (0, 2**32 - 1))
     logs_path: str = setting("logs", "folder of logs, weights and artifacts")
@@ -427,6 +428,18 @@ DEMO: dict[str, Any] = {
 }
 
 
+# SMOKE=1, on top of DEMO: a first look, and a test of a machine.
+SMOKE: dict[str, Any] = {
+    "model_dim": 64,
+    "train_seq_len": 128,
+    "eval_seq_len": 128,
+    "train_batch_tokens": 2048,
+    "max_wallclock_seconds": 10.0,
+    "warmup_steps": 1,
+    "val_tokens": 32768,
+}
+
+
 def model_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     """Yield (setting, what it must be) of the network's settings that contradict each other."""
     head_dim = cfg.model_dim // cfg.num_heads
@@ -686,6 +699,8 @@ def layers_that_follow(cfg: Config, num_layers: int) -> dict[str, Any]:
 
 def choose_scale(cfg: Config) -> tuple[str, str]:
     """("full" or "demo", why): full where CUDA, if it may be used, and shards are present."""
+    if cfg.smoke:
+        return "demo", "SMOKE is set: its score says nothing"
     if cfg.scale != "auto":
         return cfg.scale, "SCALE is set"
     if cfg.device == "cpu":
@@ -696,11 +711,13 @@ def choose_scale(cfg: Config) -> tuple[str, str]:
 
 
 def demo_sizes(recipe: Config, values: dict[str, Any]) -> dict[str, Any]:
-    """DEMO with the recipe's ratio of query to value heads and its fraction of rotated dims."""
-    sizes = DEMO | values
+    """DEMO, or SMOKE on top of it, with the recipe's ratio of query to value heads and its fraction
+    of rotated dims."""
+    demo = DEMO | (SMOKE if values.get("smoke") else {})
+    sizes = demo | values
     heads, head_dim = sizes["num_heads"], recipe.model_dim // recipe.num_heads
     rotated = recipe.rope_dims * sizes["model_dim"] // heads // head_dim
-    return DEMO | {
+    return demo | {
         "rope_dims": max(2, rotated // 2 * 2),
         "num_kv_heads": max(1, heads * recipe.num_kv_heads // recipe.num_heads),
     }
@@ -4969,6 +4986,12 @@ TOO_LITTLE, INTERRUPTED = "TOO LITTLE TEXT", "INTERRUPTED"
 LEAST_VAL_DOCUMENTS, LEAST_VAL_BYTES = 10, 100_000  # below, one document decides the score
 BYTES_A_TARGET = (1.2, 8.0)  # FineWeb's by the challenge's 1,024 pieces: 2.4; by 8,192: 3.7
 CHALLENGE_TARGETS = 62_021_632  # of the validation shards of 1,024 pieces (logs of #889, #806)
+LEGEND = (
+    "  val_bpb: bits per byte of the validation text, lower is better",
+    "  mass: sum of all tokens' probabilities, mean of samples; not 1: no length of a message",
+    "  calibrated: ours. backoff: a submission's rule, on exact counts or in hashed tables",
+    "  neural: the network alone. (unigram, fitted): tokens by their frequency in this very text",
+)
 CURVE_POINTS = 200  # places of the running score
 CURVE_SKIPPED = 4  # of them: the first few targets are noise
 REVISION = "git describe --always --abbrev=40 --dirty=+ --exclude=*"  # "+": changed since
@@ -5039,7 +5062,7 @@ def score_table(evaluation: Evaluation) -> list[str]:
         mass = f"{row['mass']:12.6g}  {row['normalized']}{mark}"
         lines.append(f"{scoring:20} {row['val_bpb']:10.6f} {mass}")
     unigram = evaluation.run.record["unigram_bpb"]
-    return [*lines, f"{'(unigram, fitted)':20} {unigram:10.6f}"]
+    return [*lines, f"{'(unigram, fitted)':20} {unigram:10.6f}", *LEGEND]
 
 
 def curves(evaluation: Evaluation) -> list[dict]:

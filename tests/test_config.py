@@ -255,6 +255,14 @@ def test_familiar_names_of_other_programs_are_answered(name, ours):
     assert ours in note and all(n in KNOWN for n in ours.replace(",", "").split() if n.isupper())
 
 
+def test_smoke_is_a_demo_in_small():
+    cfg, notes = golf.load_config(dict(SMOKE="1"))
+    assert cfg.scale == "demo" and "says nothing" in notes[0]
+    assert {name: getattr(cfg, name) for name in golf.SMOKE} == golf.SMOKE
+    assert cfg.num_layers == 11 and cfg.rope_dims <= cfg.model_dim // cfg.num_heads
+    assert golf.load_config(dict(SMOKE="1", VAL_TOKENS="99", MODEL_DIM="32"))[0].val_tokens == 99
+
+
 def test_all_contradictions_are_told_at_once():
     with pytest.raises(golf.RunError) as error:
         golf.load_config(dict(NUM_LAYERS="4", VE_LAYERS="9", XSA_LAST_N="8", EVAL_STRIDE="9999"))

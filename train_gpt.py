@@ -256,6 +256,7 @@ class EvaluationSettings:
     resume_eval: bool = setting(False, "1: take the neural pass that was kept; if none, keep one")
     scoring: str = setting("calibrated", "headline", ["neural", "backoff", "calibrated"])
     audit: str = setting("1", "check the score; strict: exit 3 if one fails", ["0", "1", "strict"])
+    sample: str = setting("", "with LOAD_ARTIFACT: continue this text, score nothing")
 
 
 @dataclass(frozen=True)
@@ -476,6 +477,8 @@ def run_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "iterations", "above 0 where MAX_WALLCLOCK_SECONDS is 0"
     if "/" in cfg.run_id:
         yield "run_id", "without '/'"
+    if cfg.sample and not cfg.load_artifact:
+        yield "sample", "empty without LOAD_ARTIFACT"
     if cfg.resume_eval and cfg.audit == "strict":
         yield "resume_eval", "0 with AUDIT=strict, which proves only a neural pass of its own"
 
@@ -4676,6 +4679,8 @@ AUDIT_TEXT_TOKENS = 2_000_000  # whose bytes are counted in their text
 AUDIT_TABLES = 4  # that are rebuilt: those of the earliest samples
 MASS_WITHIN = 1e-6  # of 1
 SCORE_WITHIN = 1e-4  # of the score, in nats
+SAMPLE_HISTORY = 16384  # validation tokens before a sample, from which the mixer learns
+SAMPLE_BLOCKS = 2  # of EVAL_STRIDE tokens each
 CODED_SHARE, CODED_BITS = 1e-3, 64  # of the claim: a coder's fixed-point loss and its last words
 
 
@@ -4972,6 +4977,38 @@ def audit(evaluation: Evaluation) -> list[str]:
         if verdict == "FAIL":
             failed.append(name)
     return failed
+
+
+def continue_tokens(
+    model: GPT, history: Tensor, cfg: Config, run: Run, random: np.random.Generator
+) -> Tensor:
+    """EVAL_STRIDE tokens that follow history (n,), n = 1 + EVAL_SEQ_LEN and any number of strides,
+    so that they are one window's targets. They are what a message of random bits decodes to: each
+    is drawn from the distribution by which it would be scored."""
+    first = len(history) - 1
+    end = first + cfg.eval_stride
+    bits = random.bytes(8 * cfg.eval_stride)  # 64 a token, more than the rarest needs
+    head = struct.pack("<3I", 1, first, end) + history.numpy().astype("<u2").tobytes()
+    return decode_message(model, head + bits, cfg, run)[0][first + 1 :]
+
+
+def sample(model: GPT, data: Data, cfg: Config, run: Run) -> None:
+    """Log how SAMPLE goes on, by the network and by the mixer, which has learned from validation
+    text before it; on rank 0."""
+    prompt = torch.tensor([BOS, *data.tokenizer.encode(cfg.sample)])
+    blocks = (min(len(data.val), SAMPLE_HISTORY) - 1 - cfg.eval_seq_len) // cfg.eval_stride
+    size = 1 + cfg.eval_seq_len + blocks * cfg.eval_stride
+    if blocks < 0 or len(prompt) > size:
+        raise RunError(f"SAMPLE: has {len(prompt)} tokens, at most {size} fit")
+    for scoring in ("neural", "calibrated") if cfg.ngram_enabled else ("neural",):
+        own = replace(cfg, scoring=scoring, eval_batch_windows=1)
+        tokens = torch.cat([data.val[: size - len(prompt)], prompt])
+        random = np.random.default_rng(cfg.seed)
+        for _ in range(SAMPLE_BLOCKS):
+            more = continue_tokens(model, tokens[-size:], own, run, random)
+            tokens = torch.cat([tokens, more])
+        text = data.tokenizer.decode(tokens[size - len(prompt) :].tolist())
+        run.log(f"sample of the {'network' if scoring == 'neural' else 'mixer'}:\n{text}\n")
 
 
 # ==================================================================================================
@@ -5353,12 +5390,17 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
     return run.on_main(export_and_save)
 
 
+def load_network(blob: bytes, data: Data, cfg: Config, run: Run) -> tuple[Config, GPT]:
+    """(cfg with the artifact's architecture, its network)."""
+    cfg, stored = unpack(blob, cfg, data.corpus["vocabulary_sha256"])
+    weights = {name: tensor.tensor() for name, tensor in stored.items()}
+    return cfg, build_model(replace(cfg, mtp_num_heads=0), run, weights)
+
+
 def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     """Score what would be shipped; the exit status."""
     run.stage, started = "evaluation", run.sync()
-    cfg, stored = unpack(blob, cfg, data.corpus["vocabulary_sha256"])
-    weights = {name: tensor.tensor() for name, tensor in stored.items()}
-    model = build_model(replace(cfg, mtp_num_heads=0), run, weights)
+    cfg, model = load_network(blob, data, cfg, run)
     evaluation = Evaluation(model, data, cfg, run, hashlib.sha256(blob).hexdigest())
     evaluation.neural_pass()
     evaluation.score(evaluation.headline, started - evaluation.earlier_seconds)  # the clock ends
@@ -5397,6 +5439,10 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
         run.open_log(cfg)
     else:
         blob = make_artifact(data, cfg, run)
+    if cfg.sample:
+        cfg, model = load_network(blob, data, cfg, run)
+        run.on_main(lambda: sample(model, data, cfg, run))
+        return 0
     return evaluate_artifact(blob, data, cfg, run)
 
 

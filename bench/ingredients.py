@@ -12,7 +12,7 @@ schedule, the network alone, scored before and after export in the same bytes, w
 do at full size (BITS a parameter of the widest arm).
 
 "plus" arms add one ingredient to `old`, the network of the submissions with our exporter; "minus"
-arms take one out of `whole`; "decay" arms are `whole` with another weight decay. Runs are kept in
+arms take one out of `whole`; "decay" arms have another weight decay. Runs are kept in
 --out and never repeated; an interrupted day goes on where it was.
 """
 
@@ -70,7 +70,8 @@ INGREDIENTS = {
         "SCHEDULE_STEPS": "5000",
         "EMA_DECAY": "0.9965",
     },
-    "loop": {"LOOP_PASSES": "3", "SKIP_GATES": "1"},
+    "loop": {"LOOP_PASSES": "3"},
+    "skipgates": {"SKIP_GATES": "1"},
     "lanes": {"LANES_FROM": "8"},
     "attngate": {"ATTN_GATE": "1"},
     "smear": {"CONTENT_SMEAR": "1"},
@@ -79,6 +80,7 @@ INGREDIENTS = {
 }
 LAYER_BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 NOISE = 0.05  # of a matrix's root mean square
+TOGETHER = ("loop", "skipgates")  # which the field has taken together: also a pair of arms
 DECAYS = ("0.02", "0.04", "0.065")  # beside the whole's 0.09
 
 
@@ -91,11 +93,13 @@ def arms() -> dict[str, dict[str, str]]:
     """Settings beside PROXY and OLD of every arm, by name."""
     whole = together(INGREDIENTS)
     found = {"old": {}, "whole": whole}
-    found |= {f"plus_{name}": settings for name, settings in INGREDIENTS.items()}
-    for name in INGREDIENTS:
-        found[f"minus_{name}"] = together(n for n in INGREDIENTS if n != name)
-    for decay in DECAYS:
-        found[f"decay_{decay}"] = whole | {"MUON_WD": decay, "EMBED_WD": decay}
+    for names in [*((name,) for name in INGREDIENTS), TOGETHER]:
+        label = "_".join(names)
+        found[f"plus_{label}"] = together(names)
+        found[f"minus_{label}"] = together(n for n in INGREDIENTS if n not in names)
+    for base in ("whole", f"minus_{'_'.join(TOGETHER)}"):
+        for decay in DECAYS:
+            found[f"{base}_decay_{decay}"] = found[base] | {"MUON_WD": decay, "EMBED_WD": decay}
     return found
 
 

@@ -1,0 +1,51 @@
+"""SAMPLE: text that goes on, drawn from the distributions by which it would be scored."""
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as golf
+
+
+def test_an_artifact_goes_on_from_a_prompt(job, trained):
+    artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
+    more = dict(LOAD_ARTIFACT=artifact, SAMPLE="import os, ", EVAL_STRIDE="8")
+    one, two = job(**more), job(**more)
+    assert one.returncode == 0, one.stderr
+    network, mixer = one.stdout.split("sample of the ")[1:]
+    assert network.startswith("network:\nimport os, ") and mixer.startswith("mixer:\nimport os, ")
+    assert network.split(":\n")[1] != mixer.split(":\n")[1]
+    assert two.stdout.split("sample of the ")[1:] == [network, mixer]
+    assert "\nfinal " not in one.stdout
+    other = job(**more, SEED="2", NGRAM_ENABLED="0").stdout.split("sample of the ")[1:]
+    assert len(other) == 1 and other[0] != network
+    refused = job(SAMPLE="x")
+    assert refused.returncode == 2 and "LOAD_ARTIFACT" in refused.stderr
+    long = job(**more | dict(SAMPLE="word " * 20_000))
+    assert long.returncode == 2 and "SAMPLE" in long.stderr
+
+
+@pytest.mark.parametrize("scoring", ["neural", "calibrated"])
+def test_tokens_are_drawn_from_the_scored_distribution(data, tiny_model, scoring):
+    """Their mean log-probability is, on average, minus the entropy of what they are drawn from."""
+    cfg, run, corpus = data
+    _, model = tiny_model()
+    own = golf.replace(cfg, scoring=scoring, eval_batch_windows=1, eval_stride=8)
+    history, surprises = corpus.val[: 1 + 64 + 8], []
+    for seed in range(30):
+        tokens = golf.continue_tokens(model, history, own, run, np.random.default_rng(seed))
+        assert len(tokens) == 8
+        stream = torch.cat([history, tokens])
+        end = len(stream) - 1
+        places = golf.Places([], len(history) - 1, end, [(len(history) - 1, end)])
+        evaluation = golf.evaluate_alone(model, stream, own, run, places)
+        if scoring == "calibrated":
+            evaluation.mixed_calibrated()
+        windows = golf.CodedWindows(evaluation, places.coded, stream)
+        windows.tokens[0].copy_(stream)
+        logits = windows.logits()
+        for target in range(len(history) - 1, end):
+            logp = windows.predict(logits, 0, target)
+            surprises.append(float(-logp[stream[target + 1]] + (logp.exp() * logp).sum()))
+    mean, error = np.mean(surprises), np.std(surprises) / len(surprises) ** 0.5
+    assert abs(mean) < 4 * error and error < 0.15, (mean, error)

@@ -175,7 +175,7 @@ class ModelSettings:
     loop_first: int = setting(3, "first of the blocks that are visited loop_passes times", POSITIVE)
     loop_last: int = setting(5, "last of them", POSITIVE)
     loop_passes: int = setting(3, "visits of each of them in a pass; 1: no loop", (1, 16))
-    skip_gates: bool = setting(True, "skips are interpolated by a learned gate, not added")
+    skip_gates: bool = setting(False, "skips are interpolated by a learned gate, not added")
     lanes_from: int = setting(8, "first layer with two residual lanes; 0: none")
     attn_gate: bool = setting(True, "a gate a head on attention's output, by its input")
     content_smear: bool = setting(True, "smear by a token's embedding, and not over BOS")

@@ -78,6 +78,7 @@ INGREDIENTS = {
     "momentum": {"MUON_MOMENTUM": "0.97"},
     "rownorm": {"MUON_ROW_NORM": "1", "QK_GAIN_INIT": "5"},
 }
+CHOSEN = "minus_skipgates"  # the arm that is golf's network
 LAYER_BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 NOISE = 0.05  # of a matrix's root mean square
 TOGETHER = ("loop", "skipgates")  # which the field has taken together: also a pair of arms

@@ -242,7 +242,7 @@ def test_golf_at_demo_scale_has_the_shared_trunk():
     assert {name: getattr(demo, name) for name in golf.SHARED} == golf.SHARED
     full, _ = golf.load_config(dict(SCALE="full"))
     same = {name for name, value in golf.SHARED.items() if getattr(full, name) == value}
-    assert same == {"loop_first", "loop_last"}
+    assert same == {"loop_first", "loop_last", "skip_gates"}
     wide, _ = golf.load_config(dict(SCALE="demo", MLP_MULT="4", LOOP_PASSES="2"))
     assert (wide.mlp_mult, wide.loop_passes, wide.muon_wd) == (4.0, 2, 0.04)
 

@@ -13,10 +13,10 @@ def config(settings):
     return golf.load_config(ingredients.PROXY | ingredients.OLD | settings)[0]
 
 
-def test_whole_is_golfs_network_and_old_the_submissions():
-    whole, old = (config(ingredients.arms()[name]) for name in ("whole", "old"))
+def test_one_arm_is_golfs_network_and_another_the_submissions():
+    chosen, old = (config(ingredients.arms()[name]) for name in (ingredients.CHOSEN, "old"))
     assert {name: getattr(old, name) for name in golf.SHARED} == golf.SHARED
-    assert all(getattr(whole, n) == getattr(golf.Config, n) for n in golf.SHARED)
+    assert all(getattr(chosen, n) == getattr(golf.Config, n) for n in golf.SHARED)
 
 
 @pytest.mark.parametrize("name", ingredients.INGREDIENTS)

@@ -276,9 +276,11 @@ def forward_flops(cfg, length, last):
 
     2 a weight and position, and for attention, causal, 2*length*dim a position and layer; in the
     last layer only keys and values see every position. With last = length times 3 it is the usual
-    6 * (weights of matrices, head included) + 6 * length * dim * layers a token of training.
+    6 * (weights of matrices, head included) + 6 * length * dim * layers a token of training, each
+    layer as often as it is visited.
     """
-    C, L, V = cfg.model_dim, cfg.num_layers, cfg.vocab_size
+    C, V = cfg.model_dim, cfg.vocab_size
+    L = len(golf.block_visits(cfg, looping=True))
     kv, hidden = C // cfg.num_heads * cfg.num_kv_heads, round(cfg.mlp_mult * C)
     keys, rest = 2 * kv * C, 2 * C * C + 2 * hidden * C
     extra = cfg.bigram_dim * C + cfg.ve_dim * kv

@@ -44,7 +44,7 @@ class OurStep:
         self.model, self.step = model, 1 / cfg.schedule_steps
 
     def __call__(self):
-        self.trainer.gradients()
+        self.trainer.gradients(looping=True)
         self.optimizer.step(LR_SCALE, MOMENTUM)
         self.average.update(0.0, self.step, LR_SCALE)
 
@@ -68,6 +68,10 @@ def plain_newton_schulz(g, steps):
     return (x.T if g.size(0) > g.size(1) else x).to(g.dtype)
 
 
+# PlainGPT's weight matrices, which are Muon's.
+MATRICES = {"q", "k", "v", "o", "up", "down", "bigram_proj", "value_proj"}
+
+
 class PlainStep:
     """A step of the plain network, parameter by parameter."""
 
@@ -77,17 +81,18 @@ class PlainStep:
         self.forward = golf.compiled(model, cfg, run)
         self.matrices, groups = [], {}
         for name, p in model.named_parameters():
-            if p.ndim == 2 and not name.endswith(("emb", "skip_weights", "resid_mix")):
+            rates = cfg.scalar_lr, cfg.adam_wd
+            if name.endswith("emb"):
+                rates = cfg.tied_embed_lr, cfg.embed_wd
+            if name.split(".")[-1] in MATRICES:
                 self.matrices.append(p)
             else:
-                lr = cfg.tied_embed_lr if name.endswith("emb") else cfg.scalar_lr
-                groups.setdefault(lr, []).append(p)
+                groups.setdefault(rates, []).append(p)
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
         self.adam = torch.optim.AdamW(
-            [dict(params=ps, lr=lr) for lr, ps in groups.items()],
+            [dict(params=ps, lr=lr, weight_decay=wd) for (lr, wd), ps in groups.items()],
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            weight_decay=cfg.adam_wd,
             foreach=False,
             fused=False,
         )
@@ -104,6 +109,8 @@ class PlainStep:
         for p, momentum in zip(self.matrices, self.momenta, strict=True):
             momentum.mul_(MOMENTUM).add_(p.grad)
             direction = p.grad.add(momentum, alpha=MOMENTUM)
+            if cfg.muon_row_norm:
+                direction = torch.nn.functional.normalize(direction, dim=1)
             direction = plain_newton_schulz(direction, cfg.muon_backend_steps)
             p.mul_(1 - lr * cfg.muon_wd)
             p.add_(direction, alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
@@ -134,7 +141,7 @@ def compare(ours, plain, bf16):
     """Gradients before any step, then weights' movement and averages after two."""
     named = dict(ours.model.named_parameters())
     before = flat(named)
-    ours.trainer.gradients()
+    ours.trainer.gradients(looping=True)
     plain.gradients()
     check(
         "gradients",

@@ -98,7 +98,7 @@ def test_a_cold_start_depends_on_the_number_of_ranks(job, trained):
 
 @pytest.mark.parametrize("network", [{}, FRONTIER], ids=["shared", "golf's"])
 def test_two_ranks_train_the_same_network(job, trained, network):
-    alone = job(AUDIT="strict", **network) if network else trained
+    alone = job(**network) if network else trained
     done = job(2, **network)
     assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
     assert [len(d.record["train"]) for d in (alone, done)] == [6, 6]
@@ -231,7 +231,7 @@ def test_the_wall_clock_cap_holds(job):
 
 def test_sigterm_ends_training_and_still_scores(job, tmp_path):
     logs = tmp_path / "logs"
-    process = job(wait=False, ITERATIONS="200", TRAIN_LOG_EVERY="1", LOGS_PATH=str(logs))
+    process = job(wait=False, ITERATIONS="80", TRAIN_LOG_EVERY="1", LOGS_PATH=str(logs))
     lines = iter(process.stdout.readline, "")
     assert any(line.startswith("step:") for line in lines)
     process.send_signal(signal.SIGTERM)
@@ -242,12 +242,12 @@ def test_sigterm_ends_training_and_still_scores(job, tmp_path):
     steps = re.search(r"training ends after (\d+) steps; RESUME=1 goes on; Ctrl-C again", out)[1]
     assert f"INTERRUPTED (training ended by a signal after {steps} steps)" in out
     more = dict(RESUME="1", LOGS_PATH=str(logs))
-    refused = job(MAX_WALLCLOCK_SECONDS="2", **more, ITERATIONS="200")
+    refused = job(MAX_WALLCLOCK_SECONDS="2", **more, ITERATIONS="80")
     assert refused.returncode == 2 and "other settings" in refused.stderr
     assert "\nwarmup " not in refused.stdout
-    done = job(ITERATIONS="200", **more)
+    done = job(ITERATIONS="80", NGRAM_ENABLED="0", **more)
     assert done.returncode == 0 and f"checkpoint: {steps} steps" in done.stdout
-    assert "step:200/200" in done.stdout and "INTERRUPTED" not in done.stdout
+    assert "step:80/80" in done.stdout and "INTERRUPTED" not in done.stdout
 
 
 def test_an_existing_runs_files_stay(job, trained, tmp_path):

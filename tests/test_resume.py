@@ -109,7 +109,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(job, whole, tmp_path, proce
 
 def test_blocks_loop_in_a_resumed_training_as_in_the_whole(job, tmp_path):
     """Killed before the loop is switched on, at 0.35 of 12 steps."""
-    done = job(ITERATIONS="12", NGRAM_ENABLED="0", AUDIT="strict", **FRONTIER)
+    done = job(ITERATIONS="12", NGRAM_ENABLED="0", **FRONTIER)
     assert done.returncode == 0, done.stderr
     killed_after(job, 3, tmp_path, **FRONTIER)
     again = resumed(job, tmp_path, **FRONTIER)

@@ -866,7 +866,9 @@ class Run:
 
     def open_log(self, cfg: Config) -> None:
         """Take a name, once all checks have passed, so that a run that fails leaves nothing; then
-        write what was logged so far."""
+        write what was logged so far. Nothing if it has one."""
+        if self.base:
+            return
         self.base = self.on_main(lambda: self.take_name(cfg))
         name = Path(self.base).name
         self.record["config"]["run_id"] = name
@@ -5391,10 +5393,13 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
 
 
 def load_network(blob: bytes, data: Data, cfg: Config, run: Run) -> tuple[Config, GPT]:
-    """(cfg with the artifact's architecture, its network)."""
+    """(cfg with the artifact's architecture, its network); a run that began with the artifact has
+    passed all checks then."""
     cfg, stored = unpack(blob, cfg, data.corpus["vocabulary_sha256"])
     weights = {name: tensor.tensor() for name, tensor in stored.items()}
-    return cfg, build_model(replace(cfg, mtp_num_heads=0), run, weights)
+    model = build_model(replace(cfg, mtp_num_heads=0), run, weights)
+    run.open_log(cfg)
+    return cfg, model
 
 
 def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
@@ -5435,8 +5440,6 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     run.on_main(lambda: describe_run(cfg, notes, data, run))
     if cfg.load_artifact:
         blob = run.on_main(lambda: Path(cfg.load_artifact).read_bytes())
-        unpack(blob, cfg, data.corpus["vocabulary_sha256"])  # fails before a name is taken
-        run.open_log(cfg)
     else:
         blob = make_artifact(data, cfg, run)
     if cfg.sample:

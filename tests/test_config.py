@@ -276,6 +276,10 @@ def test_all_contradictions_are_told_at_once():
 def test_every_recipe_resolves_at_both_scales(recipe, scale):
     cfg, _ = golf.load_config(dict(RECIPE=recipe, SCALE=scale))
     assert cfg.recipe == recipe and cfg.num_layers == 11
+    assert (cfg.gptq_seconds == 0) == (recipe != "golf")  # theirs train for all their time
+    assert golf.calibration_seconds(cfg) == (
+        0 if recipe != "golf" else 10 if scale == "full" else 3
+    )
 
 
 def test_help_lists_every_variable_and_recipe():

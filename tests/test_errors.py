@@ -209,12 +209,12 @@ def test_bad_data_is_one_line_on_several_ranks(job, shards, tmp_path):
 
 
 OUT_OF_MEMORY = """
-import sys
+import os
 import train_gpt as golf
 def full(*_):
     raise golf.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 {where} = full
-sys.exit(golf.main())
+os._exit(golf.main())
 """
 
 

@@ -3218,7 +3218,7 @@ def read_header(text: bytes, payload_bytes: int, cfg: Config) -> tuple[Config, d
     except (ValueError, KeyError, TypeError, AttributeError, RunError, RuntimeError, OverflowError):
         fits = False
     if not fits:
-        raise RunError("artifact: its header describes none of this program's networks")
+        raise RunError(f"artifact: its header describes none of this program's networks{reason}")
     return cfg, header
 
 
@@ -3372,9 +3372,24 @@ def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
     entropy = log_total - (e * z).sum(-1).double() / log_total.exp()
     return torch.stack([logp, entropy, hint_logp, others.log() - log_total], -1)
 
+def other_tensor(told: Any, table: list[TensorEntry]) -> str:
+    """How a header's first tensor that is not in this program's table, or not so, differs."""
+    try:
+        theirs = {name: (shape, limit) for name, shape, limit in told}
+    except (TypeError, ValueError):
+        return ""
+    ours = {entry.name: (entry.shape, entry.limit) for entry in table}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            shapes = [x[name][0] if name in x else "absent" for x in (theirs, ours)]
+            return f": tensor {name} is {shapes[0]} in it and {shapes[1]} here"
+    return ""
+
+
 
 def log_distribution(logits: Tensor) -> Tensor:
     """Log-probabilities (V,) float64, on the CPU, of logits (V,)."""
+    reason = ""
     return logits.double().log_softmax(-1).cpu()
 
 
@@ -3383,6 +3398,7 @@ class NeuralPass:
 
     All its distributions, for scores, masses, encoder and decoder, come from `logits`, in batches
     of the grid's two shapes with every window in its own row: the same kernels add the same numbers
+        reason = other_tensor(header["tensors"], table)
     in the same order. tokens: (N+1,) int32. start, end: this rank's span of targets. times: (span,)
     uint8, how often `columns` has written each target.
     """

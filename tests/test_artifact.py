@@ -473,6 +473,22 @@ def test_an_older_artifact_that_lacks_a_setting_is_read_with_its_default(blob):
         golf.unpack(sealed(header, *payload), asked, VOCABULARY)
 
 
+def test_another_networks_tensor_is_named(blob):
+    """As of an artifact from before a parameter was added, or of a changed shape."""
+    for change, words in [
+        (lambda tensors: tensors.pop(0), "absent in it"),
+        (lambda tensors: tensors.append(["zz", [3], 0]), r"zz is \[3\] in it and absent here"),
+        (lambda tensors: tensors[1].__setitem__(1, [9, 9]), r"is \[9, 9\] in it and \["),
+    ]:
+        header, *payload = opened(blob)
+        name = header["tensors"][0][0]
+        change(header["tensors"])
+        with pytest.raises(golf.RunError, match=words) as caught:
+            golf.unpack(sealed(header, *payload), golf.Config(), VOCABULARY)
+        assert "none of this program's networks: tensor" in str(caught.value)
+        assert words != "absent in it" or name in str(caught.value)
+
+
 def test_bytes_after_the_codes_are_refused(blob):
     header, section, words = opened(blob)
     with pytest.raises(golf.RunError, match="^artifact: "):

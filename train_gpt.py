@@ -5050,14 +5050,14 @@ LEGEND = (
 CURVE_POINTS = 200  # places of the running score
 CURVE_SKIPPED = 4  # of them: the first few targets are noise
 REVISION = "git describe --always --abbrev=40 --dirty=+ --exclude=*"  # "+": changed since
-# Okabe and Ito's palette (2008), told apart by colour-blind eyes: a colour, a dash a scoring.
-SCORING_STYLES = {
-    "calibrated": ("#0072B2", "-"),
-    "backoff_exact": ("#009E73", "--"),
-    "backoff_exact_pair": ("#CC79A7", "-."),
-    "backoff_hashed": ("#D55E00", ":"),
-    "neural": ("#000000", "-"),
-    "unigram": ("#999999", "-"),
+# Okabe and Ito's palette (2008), told apart by colour-blind eyes.
+SCORING_COLORS = {
+    "calibrated": "#0072B2",
+    "backoff_exact": "#009E73",
+    "backoff_exact_pair": "#CC79A7",
+    "backoff_hashed": "#D55E00",
+    "neural": "#000000",
+    "unigram": "#999999",
 }
 PICTURE_INCHES, PICTURE_DPI = (8, 7), 200  # 1600 x 1400; its text is readable at half the size
 TRAINING_COLOR, POINT_COLOR = "#777777", "#D55E00"  # points: validations, right hints
@@ -5157,13 +5157,12 @@ def plot_training(axes, record: dict) -> None:
 
 
 def plot_scores(axes, record: dict) -> None:
-    """A bar for each scoring, best first, with its mass and a mark where it is no distribution."""
-    rows = [row for row in record["result"] if row["stage"].endswith("sliding")]
-    rows.append({"scoring": "unigram", "val_bpb": record["unigram_bpb"], "normalized": "yes"})
-    rows.sort(key=lambda row: -row["val_bpb"])
+    """A bar for each stage of the network and each scoring, best first, with its mass and a mark
+    where it is no distribution."""
+    rows = scores_by_stage(record)
     for place, row in enumerate(rows):
-        color, _ = SCORING_STYLES[row["scoring"]]
-        label = f"{row['scoring']}  {row['val_bpb']:.4f}"
+        color = SCORING_COLORS[row["scoring"]]
+        label = f"{row['name']}  {row['val_bpb']:.4f}"
         if "mass" in row:
             label += f"  mass {row['mass']:.4g}"
         axes.text(0, place + 0.27, label, va="bottom")
@@ -5173,19 +5172,26 @@ def plot_scores(axes, record: dict) -> None:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.text(0.05, place, "NO DISTRIBUTION", va="center", fontsize=8, bbox=box)
         axes.barh(place, row["val_bpb"], **bar)
-    axes.set(title="Score of each scoring", xlabel="bits per byte, lower is better", yticks=[])
+    axes.set(title="Score by stage and scoring", xlabel="bits per byte, lower is better", yticks=[])
     axes.set_ylim(-0.5, len(rows) - 0.2)
 
 
 def plot_curves(axes, record: dict) -> None:
-    """The running score along the stream."""
+    """The running score along the stream, dashed where it is no distribution."""
     invalid = {row["scoring"] for row in record["result"] if row.get("normalized") == "no"}
     for row in record["curves"]:
-        color, dash = SCORING_STYLES[row["scoring"]]
-        label = row["scoring"] + (" (no distribution)" if row["scoring"] in invalid else "")
-        thousands = np.array(row["targets"][CURVE_SKIPPED:]) / 1000
-        axes.plot(thousands, row["bpb"][CURVE_SKIPPED:], dash, color=color, label=label)
-    axes.set(title="Score of the first targets", xlabel="thousands", ylabel="bits per byte")
+        valid = row["scoring"] not in invalid
+        axes.plot(
+            np.array(row["targets"][CURVE_SKIPPED:]) / 1000,
+            row["bpb"][CURVE_SKIPPED:],
+            linestyle="-" if valid else "--",
+            color=SCORING_COLORS[row["scoring"]],
+            label=row["scoring"] + ("" if valid else " (no distribution)"),
+        )
+    unigram = {"color": SCORING_COLORS["unigram"], "linewidth": 1}
+    axes.axhline(record["unigram_bpb"], label="unigram, fitted to all", **unigram)
+    title = "Running score: mean of all targets so far"
+    axes.set(title=title, xlabel="thousand targets", ylabel="bits per byte")
     axes.legend()
 
 
@@ -5195,20 +5201,23 @@ def plot_orders(axes, record: dict) -> None:
     rows = {row["scoring"]: row for row in record["matched_orders"]}
     headline = record["final"][-1]["scoring"]
     row = rows.get("calibrated") or rows.get(headline)
-    axes.set(title="Longest known context", xlabel="order (0: none)", ylabel="%")
+    axes.set(title="Longest known context", xlabel="order (0: none)")
     if not row:
         axes.text(0.5, 0.5, "no n-grams in this run", ha="center", transform=axes.transAxes)
         return
     count = np.array(row["count"])
     orders = np.arange(len(count))
-    color, _ = SCORING_STYLES[row["scoring"]]
-    axes.bar(orders, 100 * count / count.sum(), color=color, alpha=0.6, label="share of targets")
+    share = 100 * count / count.sum()
+    axes.bar(orders, share, color=SCORING_COLORS[row["scoring"]], alpha=0.6)
+    axes.set(ylabel="bars: % of all targets", xticks=orders[::2])
     if "right" in row:
         seen = (count > 0) & (orders > 0)
         right = 100 * np.array(row["right"])[seen] / count[seen]
-        axes.plot(orders[seen], right, "o-", color=POINT_COLOR, label="its hints that were right")
-    axes.set(ylim=(0, 105), xticks=orders[::2])
-    axes.legend(loc="upper left")
+        own = axes.twinx()
+        own.plot(orders[seen], right, "o-", color=POINT_COLOR)
+        own.set_ylabel("points: % of these whose hint was right", color=POINT_COLOR)
+        own.set(ylim=(0, 105))
+        own.grid(False)
 
 
 def plot(record: dict) -> bytes:
@@ -5320,6 +5329,20 @@ def warnings_of(record: dict) -> Iterator[str]:
             f"({unigram:.4f}): the score is the n-grams', on text that repeats itself"
         )
     per_target = row["bytes"] / row["tokens"]
+def scores_by_stage(record: dict) -> list[dict]:
+    """Rows with `name`, `scoring`, `val_bpb` and perhaps `mass`: the network as trained and as
+    shipped, both in windows that do not overlap, every scoring, and the unigram model."""
+    trained = record["validation"][-1:] if record["train"] else []
+    rows = [{"name": "neural, trained", "scoring": "neural"} | row for row in trained]
+    for row in record["result"]:
+        name = row["scoring"]
+        if name == "neural":
+            name += ", shipped" if row["stage"].endswith("roundtrip") else ", sliding"
+        rows.append({"name": name} | row)
+    unigram = {"name": "unigram, fitted", "scoring": "unigram", "val_bpb": record["unigram_bpb"]}
+    return sorted([*rows, unigram], key=lambda row: -row["val_bpb"])
+
+
     if not BYTES_A_TARGET[0] <= per_target <= BYTES_A_TARGET[1]:
         yield (
             f"{per_target:.2f} bytes a target: this text is not like the text of its vocabulary, "

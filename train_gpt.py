@@ -62,6 +62,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -121,7 +122,12 @@ class RunSettings:
     seed: int = setting(1337, "seed of the initialization", (0, 2**32 - 1))
     logs_path: str = setting("logs", "folder of logs, weights and artifacts")
     device: str = setting("auto", "auto takes CUDA where present", ["auto", "cpu", "cuda"])
-    compile: str = setting("auto", "torch.compile; auto: on CUDA only", ["auto", "0", "1"])
+    ranks: int = setting(
+        0, "processes on a CPU, where torchrun starts none; 0: as fits it", (0, 64)
+    )
+    compile: str = setting(
+        "auto", "torch.compile; auto: on CUDA, and a CPU's long trainings", ["auto", "0", "1"]
+    )
     compute: str = setting(
         "auto", "the network's arithmetic; auto: bfloat16 on CUDA", ["auto", "float32", "bfloat16"]
     )
@@ -782,9 +788,11 @@ def help_text() -> str:
 # ==================================================================================================
 #
 # A run is `world_size` processes, the ranks, each with a device; rank 0 is the one that speaks and
-# writes. One rank takes part in the same collectives as many. Whatever one rank finds wrong is
-# raised on all (`on_main`, `on_all`), so that none waits for one that has left. Everything that is
-# logged as `kind key:value ...` is kept in `record`, which becomes the run's JSON.
+# writes. torchrun starts them, or on a CPU the run itself: a small network's operations are too
+# short to be shared by threads, and two processes of one thread take nearly twice the steps of one
+# process of two. One rank takes part in the same collectives as many. Whatever one rank finds wrong
+# is raised on all (`on_main`, `on_all`), so that none waits for one that has left. Everything that
+# is logged as `kind key:value ...` is kept in `record`, which becomes the run's JSON.
 
 # How numbers of these keys are logged, others as Python prints them.
 FORMATS = {
@@ -806,6 +814,9 @@ FORMATS = {
     "finds_one_score": ".2g",
     "finds_one_percent": ".2g",
 }
+MOST_OWN_RANKS = 8  # of a challenge's machine; more were not tried
+RANK_BYTES = 2**31  # of memory for each of them; a default run's have 0.9e9
+
 ROLL_CALL_SECONDS = 3.0  # to answer; torchrun leaves a rank 30 s when another has died
 GLOO_ERRORS = ("gloo", "pair closure")  # words of its errors, which are no class of their own
 
@@ -833,19 +844,118 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise RunError(f"{path}: {error}") from None
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute on so many CPU threads. One: small work is not worth sharing, and sums keep their
+    order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def memory_bytes() -> float:
+    """Of this machine; infinite where nobody tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return math.inf
+
+
+def own_ranks(cfg: Config, cores: int) -> int:
+    """How many ranks a run that torchrun did not launch has: on a CPU as many as divide a step's
+    sequences, have a core each and fit into memory; one where the score depends on their number."""
+    if "RANK" in os.environ:
+        return 1
+    if cfg.ranks:
+        return cfg.ranks
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    if cuda or cfg.sample or cfg.ngram_history == "cold":
+        return 1
+    most = int(min(MOST_OWN_RANKS, cores, max(1, memory_bytes() // RANK_BYTES)))
+    sequences = cfg.train_batch_tokens // cfg.train_seq_len
+    return max(n for n in range(1, most + 1) if sequences % n == 0)
+
+
+def eta(started: float, part: float) -> int:
+    """Seconds until the whole is done, if it goes on as it has since `started`."""
+    return round((time.perf_counter() - started) * (1 / part - 1))
+
+
+class Launcher:
+    """The ranks of a run that nobody launched: this process is the first, the others are the same
+    command again, with the variables that torchrun would set.
+
+    cores: that PyTorch would use in one process, so that OMP_NUM_THREADS counts. count: of ranks.
+    others: their processes, which write nothing, and do not hear Ctrl-C: it is the first rank's to
+    pass on. joined: whether all have met, so that collectives notice who is missing.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cores = torch.get_num_threads()
+        self.count = own_ranks(cfg, self.cores)
+        self.others: list[subprocess.Popen] = []
+        self.joined = False
+        if self.count == 1:
+            return
+        self.store = dist.TCPStore(
+            "127.0.0.1", 0, self.count, is_master=True, wait_for_workers=False
+        )
+        own_threads = max(1, self.cores // self.count)
+        torch.set_num_threads(own_threads)
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "WORLD_SIZE": str(self.count),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "OMP_NUM_THREADS": str(own_threads),
+        }
+        for rank in reversed(range(self.count)):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if rank:
+                self.others.append(self.start())
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def start(self) -> subprocess.Popen:
+        """Another rank, by the environment as it is."""
+        command = [sys.executable, *sys.orig_argv[1:]]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def watch(self) -> None:
+        """End the run if another rank has ended before all have met."""
+        while not self.joined:
+            ended = [process for process in self.others if process.poll() is not None]
+            if ended:
+                print("error: another rank did not start; RANKS=1 needs none", file=sys.stderr)
+                os._exit(2)
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """End the others: this rank has said all there is to say."""
+        self.joined = True
+        for process in self.others:
+            process.kill()
+            process.wait()
+
+
 class Run:
     """This process's place in the run.
 
     rank, world_size, is_main: of this process; is_main: it is rank 0. device: where it computes.
-    stage: what is being done, for error messages. base: path of the run's files without suffix, ""
+    cores: CPU threads for work that the others wait for. stage: what is being done, for error
+    messages. base: path of the run's files without suffix, ""
     until open_log; pending: lines that are not in the log's file yet. speaks: whether it logs.
     attention: name and function of the back end, once choose_attention has found it.
     saved: paths written; unsaved: what could not be written, and why. record: {kind: rows or
     facts}, everything that was logged as data.
     """
 
-    def __init__(self, cfg: Config):
-        """Join the process group."""
+    def __init__(self, cfg: Config, cores: int = 0):
+        """Join the process group. cores: 0: as many as PyTorch has threads."""
+        self.cores = cores or torch.get_num_threads()
         cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: no CUDA device is available; set DEVICE=cpu")
@@ -963,8 +1073,9 @@ class Run:
         return result
 
     def on_main(self, work: Callable[[], Any]):
-        """Rank 0's work(), sent to all; its error is raised on all."""
-        result = [self.on_all(work if self.is_main else lambda: None)]
+        """Rank 0's work() on all cores, sent to all; its error is raised on all."""
+        with threads(self.cores):
+            result = [self.on_all(work if self.is_main else lambda: None)]
         if self.world_size > 1:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
@@ -1558,6 +1669,8 @@ LANE_KEEP = 1.1  # share of a lane that a block keeps, at the start (#1529)
 GATE_WIDTH = 12  # channels that the gates of attention (#1667) and smear (#1851) look at
 # Inductor's: 6 ms a step slower with it, and silently wrong gradients (pytorch 179494, 193061)
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
+# Of training on a CPU: a minute of compilation, once, makes its steps a third faster.
+COMPILE_PAYS_SECONDS = 100.0
 # Attention back ends, best first: FlashAttention 3 and cuDNN have kernels made for Hopper (compute
 # capability 9), where cuDNN's were up to twice as fast as FlashAttention 2's.
 ATTENTION_ORDER = {
@@ -1970,12 +2083,26 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     return getattr(torch, cfg.compute)
 
 
+def compiles(cfg: Config, run: Run, seconds: float = 0.0) -> bool:
+    """Whether work of so many seconds is compiled; on a CPU unasked only where it pays."""
+    if cfg.compile == "auto":
+        return run.device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS
+    return cfg.compile == "1"
+
+
 def compiled(
-    function: Callable, cfg: Config, run: Run, options: dict[str, Any] | None = None
+    function: Callable,
+    cfg: Config,
+    run: Run,
+    options: dict[str, Any] | None = None,
+    seconds: float = 0.0,
 ) -> Callable:
-    """torch.compile where it is wanted: whole graphs of fixed shapes, with Inductor's options."""
-    if cfg.compile == "0" or (cfg.compile == "auto" and run.device.type != "cuda"):
+    """torch.compile where work of so many seconds wants it: whole graphs of fixed shapes, with
+    Inductor's options, kept beside the text that was prepared, so that the next run finds them."""
+    if not compiles(cfg, run, seconds):
         return function
+    kept = Path(cfg.prepared_path, "compiled").resolve()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     options = COMPILE_OPTIONS | (options or {})
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
@@ -2274,7 +2401,7 @@ class Trainer:
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.model, self.data, self.cfg, self.run = model, data, cfg, run
         self.loader = TrainLoader(data.train, cfg, run)
-        self.forward = compiled(model, cfg, run)
+        self.forward = compiled(model, cfg, run, seconds=cfg.max_wallclock_seconds)
         self.steps, self.elapsed, self.last_progress = 0, 0.0, 0.0
         self.clock_zero = 0.0
         self.last_loss = math.nan
@@ -2320,6 +2447,26 @@ class Trainer:
             total += nats / len(inputs)
         return total
 
+    def first_gradients(self, looping: bool) -> None:
+        """Gradients of a graph that may not be compiled yet. On a CPU the first rank compiles with
+        all cores, the others take what it has kept; where nobody can compile, nobody does."""
+        waits = self.forward is not self.model and self.run.device.type == "cpu"
+        if waits and not self.run.is_main:
+            self.run.of_ranks()
+        try:
+            self.gradients(looping)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self.cfg.compile == "1" or self.run.device.type != "cpu":
+                raise
+            self.forward = self.model
+            reason = str(error).strip().splitlines()[0]
+            self.run.log(f"not compiled, for this machine cannot: {reason}")
+            self.model.zero_grad(set_to_none=True)
+            self.gradients(looping)
+        finally:
+            if waits and self.run.is_main:
+                self.run.of_ranks()
+
     def warm_up(self) -> None:
         """Compile and run steps of each graph that training will use, the largest first; nothing
         remains but a micro-batch that fits into memory."""
@@ -2330,8 +2477,9 @@ class Trainer:
         graphs = sorted({self.looping(0.0), self.looping(1.0)}, reverse=True)
         steps = [looping for looping in graphs for _ in range(self.cfg.warmup_steps)]
         while steps:
+            step_started = self.run.sync()
             try:
-                self.gradients(steps[0])
+                self.first_gradients(steps[0])
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1 or self.cfg.micro_batch_tokens:
                     raise
@@ -2340,6 +2488,7 @@ class Trainer:
                 self.micro_batch = fit_micro_batch(halved, self.run.world_size) // length
                 continue
             optimizer.step(1.0, self.cfg.muon_momentum)
+            step_seconds = self.run.sync() - step_started
             steps.pop(0)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), saved)
@@ -2351,6 +2500,23 @@ class Trainer:
             steps=self.cfg.warmup_steps,
             seconds=self.run.sync() - started,
             micro_batch_tokens=self.micro_batch * length,
+        )
+        if self.cfg.warmup_steps > 1:
+            self.expect(step_seconds)
+
+    def expect(self, step_seconds: float) -> None:
+        """Log how long the stages may take, from the time of a step: a third of it is forward."""
+        cfg, run = self.cfg, self.run
+        grid = Grid(len(self.data.val) - 1, cfg, cfg.eval_stride, run.world_size)
+        tokens_per_second = 3 * cfg.train_batch_tokens / run.world_size / step_seconds
+        batch_seconds = grid.batch_windows * grid.seq_len / tokens_per_second
+        checked = RESCORED_WINDOWS / grid.batch_windows + AUDIT_STEPS + 2 * AUDIT_BATCHES
+        training = cfg.iterations * step_seconds
+        run.row(
+            "expected",
+            training_seconds=round(min(training, self.cap or training)),
+            evaluation_seconds=round(len(grid.batches[0]) * batch_seconds),
+            audit_seconds=round(checked * batch_seconds) if cfg.audit != "0" else 0,
         )
 
     def request_stop(self, number: int, _frame) -> None:
@@ -2445,6 +2611,7 @@ class Trainer:
                 train_loss=self.last_loss,
                 lr_scale=self.lr_scale(now),
                 tokens_per_second=round(cfg.train_batch_tokens / step_seconds),
+                eta_seconds=eta(self.clock_zero, self.progress()),
                 step_avg=f"{1000 * step_seconds:.2f}ms",
             )
         if self.passed(before, now, cfg.val_loss_every):
@@ -2770,6 +2937,7 @@ def warm_calibration(model: GPT, data: Data, cfg: Config, run: Run) -> None:
         gptq_factor(gram)
 
 
+@threads(1)  # a batch's inverses on several threads can hang (pytorch/pytorch #141358, #142815)
 def gptq_factor(gram: Tensor) -> Tensor:
     """Upper Cholesky factor (M,cols,cols) of the inverse of the damped x^T x (M,cols,cols)."""
     gram = gram.double()
@@ -3204,9 +3372,24 @@ def header_config(header: dict, cfg: Config) -> Config:
     return cfg
 
 
+def other_tensor(told: Any, table: list[TensorEntry]) -> str:
+    """How a header's first tensor that is not in this program's table, or not so, differs."""
+    try:
+        theirs = {name: (shape, limit) for name, shape, limit in told}
+    except (TypeError, ValueError):
+        return ""
+    ours = {entry.name: (entry.shape, entry.limit) for entry in table}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            shapes = [x[name][0] if name in x else "absent" for x in (theirs, ours)]
+            return f": tensor {name} is {shapes[0]} in it and {shapes[1]} here"
+    return ""
+
+
 def read_header(text: bytes, payload_bytes: int, cfg: Config) -> tuple[Config, dict]:
     """(cfg with the header's architecture and compressor, header); RunError if the header does not
     describe one of this program's networks."""
+    reason = ""
     try:
         header = json.loads(text)
         cfg = header_config(header, cfg)
@@ -3215,6 +3398,7 @@ def read_header(text: bytes, payload_bytes: int, cfg: Config) -> tuple[Config, d
         table = tensor_table(cfg)
         fits = fits and sum(math.prod(entry.shape) for entry in table) <= MOST_PARAMETERS
         fits = fits and header["tensors"] == [list(entry) for entry in table]
+        reason = other_tensor(header["tensors"], table)
     except (ValueError, KeyError, TypeError, AttributeError, RunError, RuntimeError, OverflowError):
         fits = False
     if not fits:
@@ -3372,24 +3556,9 @@ def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
     entropy = log_total - (e * z).sum(-1).double() / log_total.exp()
     return torch.stack([logp, entropy, hint_logp, others.log() - log_total], -1)
 
-def other_tensor(told: Any, table: list[TensorEntry]) -> str:
-    """How a header's first tensor that is not in this program's table, or not so, differs."""
-    try:
-        theirs = {name: (shape, limit) for name, shape, limit in told}
-    except (TypeError, ValueError):
-        return ""
-    ours = {entry.name: (entry.shape, entry.limit) for entry in table}
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            shapes = [x[name][0] if name in x else "absent" for x in (theirs, ours)]
-            return f": tensor {name} is {shapes[0]} in it and {shapes[1]} here"
-    return ""
-
-
 
 def log_distribution(logits: Tensor) -> Tensor:
     """Log-probabilities (V,) float64, on the CPU, of logits (V,)."""
-    reason = ""
     return logits.double().log_softmax(-1).cpu()
 
 
@@ -3398,7 +3567,6 @@ class NeuralPass:
 
     All its distributions, for scores, masses, encoder and decoder, come from `logits`, in batches
     of the grid's two shapes with every window in its own row: the same kernels add the same numbers
-        reason = other_tensor(header["tensors"], table)
     in the same order. tokens: (N+1,) int32. start, end: this rank's span of targets. times: (span,)
     uint8, how often `columns` has written each target.
     """
@@ -3435,6 +3603,7 @@ class NeuralPass:
         hints = F.pad(hints.long().clamp(min=0), (0, 1))  # slot `length` is discarded
         out = torch.full((length + 1, 4), math.nan, dtype=torch.float64, device=device)
         times = torch.zeros(length + 1, dtype=torch.uint8, device=device)
+        self.started = self.run.sync()
         for batch in self.grid.batches[self.run.rank]:
             numbers = self.grid.numbers(batch).to(device, non_blocking=True)
             inputs, targets, scored = self.grid.places(numbers)
@@ -3447,7 +3616,7 @@ class NeuralPass:
         return out[:length]
 
     def log_progress(self, batch: int, out: Tensor) -> None:
-        """On rank 0, the running bits per byte about every 2 % of its batches."""
+        """On rank 0, the running bits per byte of the network about every 2 % of its batches."""
         mine = len(self.grid.batches[0])
         if (batch + 1) * LOG_SHARE // mine == batch * LOG_SHARE // mine:
             return
@@ -3458,7 +3627,8 @@ class NeuralPass:
         bits = -float(out[:end, 0].sum()) / math.log(2)
         bpb = bits / max(1, self.logged_bytes)
         place = f"{self.grid.windows_before(batch + 1)}/{self.grid.count}"
-        self.run.row("eval", f"eval [{place}]", bpb=bpb)
+        eta_seconds = eta(self.started, (batch + 1) / mine)
+        self.run.row("eval", f"eval [{place}]", bpb=bpb, eta_seconds=eta_seconds)
 
     def sheet_logits(self, numbers: Tensor) -> Tensor:
         """Logits (B,last,V) of a batch of Grid.sheets."""
@@ -3548,17 +3718,6 @@ class Ngrams(NamedTuple):
     member: Tensor | None = None  # int32 (K,), index of a gram's position in contexts; exact only
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one CPU thread: small work is not worth sharing, and sums keep their order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def blocks(begin: int, column: Tensor) -> Iterator[slice]:
     """The entries of a column from `begin` on, in blocks."""
     size = BLOCK[column.device.type]
@@ -3617,7 +3776,7 @@ def sort_by_digit(columns: list[Tensor], shift: int) -> list[Tensor]:
     return result
 
 
-@one_thread()
+@threads(1)
 def split(groups: Groups, keys: Tensor, largest: int) -> tuple[Groups, Tensor]:
     """Divide each group by keys (M,) from 0 to `largest`, without the groups of one that result;
     and int32, of each member left, its index in `groups`."""
@@ -3638,7 +3797,7 @@ def split(groups: Groups, keys: Tensor, largest: int) -> tuple[Groups, Tensor]:
     return Groups(position[:size], run_starts(is_first[:size])), member[:size]
 
 
-@one_thread()
+@threads(1)
 def subgroups(groups: Groups, label: Tensor) -> Groups:
     """Each group divided where label[position] changes, labels rising with the position."""
     labels = label.index_select(0, groups.position)
@@ -3686,7 +3845,7 @@ def exact_ngrams(tokens: Tensor, max_order: int) -> Iterator[tuple[int, Ngrams]]
         del token, grams, member  # before the next are made
 
 
-@one_thread()
+@threads(1)
 def next_keys(keys: Tensor, tokens: Tensor, prime: int, buckets: int) -> Tensor:
     """int32 (N,) bucket of the n tokens that end at each position, from keys (N,) of n - 1."""
     result = torch.empty_like(keys)
@@ -3726,7 +3885,7 @@ def ranks(groups: Groups, part: slice) -> Tensor:
     return numbers(part, groups.start.device) - groups.start[part]
 
 
-@one_thread()
+@threads(1)
 def rank_column(groups: Groups, chunk: Tensor | None, start: int, size: int) -> Tensor:
     """int32 (size,), of the positions from `start` on: members of the same group before them, in
     earlier chunks if given."""
@@ -3763,7 +3922,7 @@ def member_counts(ngrams: Ngrams) -> Iterator[tuple[Tensor, Counts]]:
         yield position, counts
 
 
-@one_thread()
+@threads(1)
 def count_columns(ngrams: Ngrams, start: int, size: int) -> Counts:
     """Exact Counts (size,) int32 of the positions from `start` on."""
     device, fills = ngrams.contexts.start.device, Counts(0, 0, 0, -1, 0, 0)
@@ -4222,7 +4381,7 @@ def stream_columns(tokens: Tensor, span: tuple[int, int], cfg: Config) -> NgramC
     levels, document = in_stream + cfg.mixer_max_order - 1, document_numbers(tokens)
     near, device = cfg.eval_seq_len, tokens.device
     columns = UnfinishedColumns(size, levels, near, token_type(tokens), device)
-    with one_thread():
+    with threads(1):
         for order, ngrams in exact_ngrams(tokens, cfg.mixer_max_order):
             if order > DOCUMENT_MAX_ORDER:
                 document = None  # no longer needed, and large
@@ -4252,7 +4411,7 @@ def stream_hints(tokens: Tensor, span: tuple[int, int], cfg: Config) -> Tensor:
     """NgramColumns.hint (span,) of stream_columns alone."""
     tokens, start, size = tokens[: span[1] + 1], span[0] + 1, span[1] - span[0]
     hint = torch.full((size + 1,), -1, dtype=token_type(tokens), device=tokens.device)
-    with one_thread():
+    with threads(1):
         for order, ngrams in exact_ngrams(tokens, cfg.mixer_max_order):
             if order > 1:
                 latest_hints(ngrams, hint, start)
@@ -4356,7 +4515,7 @@ def mix(
     size = len(inputs.logp)
     out, kept = torch.empty_like(inputs.logp), {}
     mixer = CalibratedMixer(len(inputs.ratio), out.device)
-    with one_thread():
+    with threads(1):
         for begin in range(0, size, chunk):
             wanted = [i for i in keep if begin <= i < begin + chunk]
             if wanted:
@@ -4700,6 +4859,7 @@ SCORE_WITHIN = 1e-4  # of the score, in nats
 SAMPLE_HISTORY = 16384  # validation tokens before a sample, from which the mixer learns
 SAMPLE_BLOCKS = 2  # of EVAL_STRIDE tokens each
 CODED_SHARE, CODED_BITS = 1e-3, 64  # of the claim: a coder's fixed-point loss and its last words
+AUDIT_LINES = 4  # of progress while the message is decoded
 
 
 def evaluate_alone(model: GPT, val: Tensor, cfg: Config, run: Run, places: Places) -> Evaluation:
@@ -4940,8 +5100,12 @@ def decode_message(model: GPT, message: bytes, cfg: Config, run: Run) -> list[Te
     evaluation = evaluate_alone(model, known, cfg, run, places)
     if evaluation.headline == "calibrated":
         evaluation.mixed_calibrated()
-    windows = CodedWindows(evaluation, runs, known)
-    for step in windows.order():
+    windows, started = CodedWindows(evaluation, runs, known), run.sync()
+    steps = list(windows.order())
+    for done, step in enumerate(steps):
+        if done and done * AUDIT_LINES // len(steps) != (done - 1) * AUDIT_LINES // len(steps):
+            left = eta(started, done / len(steps))
+            run.log(f"audit decodable [{done}/{len(steps)}] eta_seconds:{left}")
         logits = windows.logits()
         for i, target in step:
             token = coder.decode(entropy_model(windows.predict(logits, i, target)))
@@ -5156,6 +5320,20 @@ def plot_training(axes, record: dict) -> None:
     axes.legend()
 
 
+def scores_by_stage(record: dict) -> list[dict]:
+    """Rows with `name`, `scoring`, `val_bpb` and perhaps `mass`: the network as trained and as
+    shipped, both in windows that do not overlap, every scoring, and the unigram model."""
+    trained = record["validation"][-1:] if record["train"] else []
+    rows = [{"name": "neural, trained", "scoring": "neural"} | row for row in trained]
+    for row in record["result"]:
+        name = row["scoring"]
+        if name == "neural":
+            name += ", shipped" if row["stage"].endswith("roundtrip") else ", sliding"
+        rows.append({"name": name} | row)
+    unigram = {"name": "unigram, fitted", "scoring": "unigram", "val_bpb": record["unigram_bpb"]}
+    return sorted([*rows, unigram], key=lambda row: -row["val_bpb"])
+
+
 def plot_scores(axes, record: dict) -> None:
     """A bar for each stage of the network and each scoring, best first, with its mass and a mark
     where it is no distribution."""
@@ -5167,7 +5345,7 @@ def plot_scores(axes, record: dict) -> None:
             label += f"  mass {row['mass']:.4g}"
         axes.text(0, place + 0.27, label, va="bottom")
         bar = {"height": 0.4, "color": color}
-        if row["normalized"] == "no":
+        if row.get("normalized") == "no":
             bar |= {"color": "white", "edgecolor": color, "hatch": "////"}
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.text(0.05, place, "NO DISTRIBUTION", va="center", fontsize=8, bbox=box)
@@ -5329,20 +5507,6 @@ def warnings_of(record: dict) -> Iterator[str]:
             f"({unigram:.4f}): the score is the n-grams', on text that repeats itself"
         )
     per_target = row["bytes"] / row["tokens"]
-def scores_by_stage(record: dict) -> list[dict]:
-    """Rows with `name`, `scoring`, `val_bpb` and perhaps `mass`: the network as trained and as
-    shipped, both in windows that do not overlap, every scoring, and the unigram model."""
-    trained = record["validation"][-1:] if record["train"] else []
-    rows = [{"name": "neural, trained", "scoring": "neural"} | row for row in trained]
-    for row in record["result"]:
-        name = row["scoring"]
-        if name == "neural":
-            name += ", shipped" if row["stage"].endswith("roundtrip") else ", sliding"
-        rows.append({"name": name} | row)
-    unigram = {"name": "unigram, fitted", "scoring": "unigram", "val_bpb": record["unigram_bpb"]}
-    return sorted([*rows, unigram], key=lambda row: -row["val_bpb"])
-
-
     if not BYTES_A_TARGET[0] <= per_target <= BYTES_A_TARGET[1]:
         yield (
             f"{per_target:.2f} bytes a target: this text is not like the text of its vocabulary, "
@@ -5472,6 +5636,7 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     """The whole run, as a table of contents; the exit status."""
     for note in notes:
         run.log(note)
+    run.log(how_it_computes(cfg, run))
     run.stage = "data"
     if not cfg.load_artifact:
         fit_micro_batch(cfg, run.world_size)  # fails before expensive work
@@ -5486,6 +5651,22 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
         run.on_main(lambda: sample(model, data, cfg, run))
         return 0
     return evaluate_artifact(blob, data, cfg, run)
+
+
+def how_it_computes(cfg: Config, run: Run) -> str:
+    """The log line of ranks, threads, compilation and arithmetic, and what sets them."""
+    own = torch.get_num_threads()
+    ranks = f"{run.world_size} x {run.device.type}"
+    if run.device.type == "cpu":
+        ranks = f"RANKS={run.world_size}, {own} threads each, on {run.cores} cores"
+    graphs = [
+        name
+        for name, seconds in (("training", cfg.max_wallclock_seconds), ("evaluation", 0.0))
+        if compiles(cfg, run, seconds)
+    ]
+    told = " and ".join(graphs) or "nothing"
+    dtype = str(compute_dtype(cfg, run.device)).removeprefix("torch.")
+    return f"computing with {ranks}; compiled (COMPILE): {told}; COMPUTE={dtype}"
 
 
 def explain(error: Exception, run: Run | None) -> str | None:
@@ -5521,20 +5702,24 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print_help()
         return 0
-    run = None
+    run, launcher, status = None, None, 1
     try:
         cfg, notes = load_config(os.environ)
-        run = Run(cfg)
+        launcher = Launcher(cfg)
+        run = Run(cfg, launcher.cores)
+        launcher.joined = True
         status = run_all(cfg, notes, run)
         dist.destroy_process_group()
-        return status
     except (Exception, KeyboardInterrupt) as error:
         line = explain(error, run)
         if line is None or BOOLEANS.get(os.environ.get("DEBUG", "").lower()):
             traceback.print_exc()
         elif line:
             print(f"error: {line}", file=sys.stderr, flush=True)
-        return 1 if line is None else 2
+        status = 1 if line is None else 2
+    if launcher:
+        launcher.end()
+    return status
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def measure(folder, path):
     device, cfg = "cuda" if torch.cuda.is_available() else "cpu", other.Config()
     tokens = torch.from_numpy(np.load(path)).to(device)
     size = len(tokens) - 1
-    with golf.one_thread():  # the same bits in every process
+    with golf.threads(1):  # the same bits in every process
         neural = made_up_columns(size).to(device).unbind(1)
     times = [clock(device)]
     ngram = other.stream_columns(tokens, (0, size), cfg)

@@ -1,0 +1,179 @@
+"""The ranks that a run starts by itself, and what it compiles unasked."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train_gpt as golf
+
+CORES = {"OMP_NUM_THREADS": "2"}
+
+
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """A process that torchrun has not launched."""
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def ranks(cores=8, **values):
+    cfg = golf.replace(golf.load_config({"SCALE": "demo", "DEVICE": "cpu"})[0], **values)
+    return golf.own_ranks(cfg, cores)
+
+
+@pytest.mark.parametrize(
+    "cores, gigabytes, expected",
+    [(1, 64, 1), (2, 64, 2), (3, 64, 2), (6, 64, 4), (16, 64, 8), (16, 4, 2), (2, 1, 1)],
+)
+def test_a_rank_a_core_that_divides_a_step_and_fits_into_memory(
+    unlaunched, monkeypatch, cores, gigabytes, expected
+):
+    """A step of the demo has 16 sequences."""
+    monkeypatch.setattr(golf, "memory_bytes", lambda: gigabytes * 2**30)
+    assert ranks(cores) == expected
+
+
+def test_one_rank_where_more_would_change_something(unlaunched, monkeypatch):
+    assert ranks(sample="Once") == 1
+    assert ranks(ngram_history="cold") == 1  # pr889's score depends on the number of ranks
+    assert ranks(ranks=3) == 3  # asked for
+    monkeypatch.setenv("RANK", "0")
+    assert ranks() == 1 and ranks(ranks=3) == 1  # torchrun's are what was asked for
+
+
+def test_memory_is_known_or_infinite(monkeypatch):
+    assert 2**28 < golf.memory_bytes() < 2**60
+    monkeypatch.delattr(os, "sysconf")
+    assert golf.memory_bytes() == float("inf")
+
+
+def test_two_ranks_of_its_own_score_as_one(job, trained):
+    """The same bits, audited; the log says what was chosen, and nothing is left behind."""
+    artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
+    one = job(LOAD_ARTIFACT=artifact, AUDIT="strict")
+    two = job(LOAD_ARTIFACT=artifact, AUDIT="strict", **CORES)
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert "computing with RANKS=1, 1 threads each, on 1 cores" in one.stdout
+    assert "computing with RANKS=2, 1 threads each, on 2 cores" in two.stdout
+    assert two.record["facts"]["world_size"] == 2
+    assert two.final.split("total_bytes")[0] == one.final.split("total_bytes")[0]
+    assert two.stdout.count(" PASS ") == one.stdout.count(" PASS ") and not two.stderr
+
+
+def test_training_on_its_own_ranks_is_torchruns(job, tmp_path):
+    own = job(LOGS_PATH=str(tmp_path / "own"), **CORES)
+    launched = job(2, LOGS_PATH=str(tmp_path / "launched"))
+    assert own.returncode == launched.returncode == 0, own.stderr
+    weights = [tmp_path / name / "golf-demo-1337.safetensors" for name in ("own", "launched")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def children(process):
+    """Processes that this process has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for(process, beginning):
+    for line in iter(process.stdout.readline, ""):
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's list of processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_rank_outlives_the_first(job, trained, number):
+    artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
+    process = job(wait=False, LOAD_ARTIFACT=artifact, VAL_TOKENS="0", **CORES)
+    wait_for(process, "eval [")
+    (other,) = children(process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (2 if number == signal.SIGINT else -signal.SIGKILL)
+    if number == signal.SIGINT:
+        assert err.startswith("error: interrupted during evaluation") and err.count("\n") == 1
+    for _ in range(200):
+        if not is_running(other):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the other rank goes on")
+
+
+def test_ctrl_c_ends_the_training_of_all_ranks_and_is_scored(job):
+    process = job(wait=False, ITERATIONS="1000000", TRAIN_LOG_EVERY="1", **CORES)
+    wait_for(process, "step:1/")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and not err
+    assert "stop requested" in out and "verdict NOT AUDITED" in out
+
+
+ABSENT_RANK = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    os._exit(7)
+import train_gpt as golf
+os._exit(golf.main())
+"""
+
+
+def test_a_rank_that_does_not_start_is_told_at_once(workplace, tmp_path):
+    (tmp_path / "absent.py").write_text(ABSENT_RANK)
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(golf.__file__)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "absent.py")],
+        cwd=workplace[0],
+        env=env | workplace[1] | CORES | dict(LOGS_PATH=str(tmp_path)),
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: another rank did not start; RANKS=1 needs none\n"
+
+
+def test_an_error_is_told_once(job):
+    done = job(TEXT_FILES="nothing/*", **CORES)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+LONG = dict(MAX_WALLCLOCK_SECONDS="100", ITERATIONS="2", NGRAM_ENABLED="0", SCORING="neural")
+
+
+def test_a_machine_without_a_compiler_says_so_and_goes_on(job, tmp_path):
+    """In the forward pass, where compilation begins, on every rank."""
+    fresh = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"), CXX="/bin/false")
+    done = job(**LONG, **fresh, **CORES)
+    assert done.returncode == 0, done.stderr
+    assert "compiled (COMPILE): training" in done.stdout
+    assert "not compiled, for this machine cannot: InvalidCxxCompiler" in done.stdout
+    asked = job(**LONG, **fresh, COMPILE="1")
+    assert asked.returncode == 1 and "InvalidCxxCompiler" in asked.stderr
+
+
+@pytest.mark.parametrize(
+    "values, seconds, expected",
+    [
+        ({}, 0.0, False),
+        ({}, golf.COMPILE_PAYS_SECONDS - 1, False),
+        ({}, golf.COMPILE_PAYS_SECONDS, True),
+        (dict(compile="0"), 1e9, False),
+        (dict(compile="1"), 0.0, True),
+    ],
+)
+def test_what_is_compiled_on_a_cpu(data, values, seconds, expected):
+    cfg, run, _ = data
+    assert golf.compiles(golf.replace(cfg, **values), run, seconds) == expected

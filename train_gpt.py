@@ -137,6 +137,7 @@ class RunSettings:
     dist_timeout_seconds: float = setting(
         1800.0, "a rank silent for so long ends the run", POSITIVE
     )
+    picture: bool = setting(True, "0: no picture of the run")
     author: str = setting("", "author, for submission.json")
     github_id: str = setting("", "author's GitHub name, for submission.json")
     debug: bool = setting(False, "1: tracebacks instead of one-line errors")
@@ -5399,7 +5400,10 @@ def plot_orders(axes, record: dict) -> None:
 
 
 def plot(record: dict) -> bytes:
-    """The picture of a run, PNG; b"" without matplotlib, so that nobody loses a score for it."""
+    """The picture of a run, PNG; b"" if it is not wanted, and without matplotlib, so that nobody
+    loses a score for it."""
+    if not record["config"].get("picture", True):
+        return b""
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError:

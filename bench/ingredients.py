@@ -54,6 +54,7 @@ PROXY = {
     "NGRAM_ENABLED": "0",
     "SCORING": "neural",
     "AUDIT": "0",
+    "PICTURE": "0",
     "COMPILE": "1",
 }
 # The network and schedule before any ingredient: the submissions'.

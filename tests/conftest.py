@@ -42,6 +42,7 @@ TINY = dict(
     NGRAM_BUCKETS="1024",
     MIXER_CHUNK_TOKENS="256",
     AUDIT="0",
+    PICTURE="0",
     AUTHOR="a tester",
 )
 
@@ -53,6 +54,14 @@ FRONTIER = {name.upper(): str(getattr(golf.Config, name)) for name in golf.SHARE
 FEW_BLOCKS = FRONTIER | dict(
     NUM_LAYERS="3", LOOP_FIRST="1", LOOP_LAST="1", LOOP_PASSES="2", LANES_FROM="2"
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as `fast` what starts no run: `pytest -m fast` is a first check of a change."""
+    for item in items:
+        starts_runs = "job" in item.fixturenames or item.path.stem == "test_gpu_day"
+        if not starts_runs and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +120,7 @@ def job(workplace):
 @pytest.fixture(scope="session")
 def trained(job):
     """A finished tiny run of the default recipe, the one that is audited."""
-    done = job(AUDIT="strict")
+    done = job(AUDIT="strict", PICTURE="1")
     assert done.returncode == 0, done.stderr
     return done
 

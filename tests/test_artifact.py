@@ -205,6 +205,7 @@ def test_gptq_lowers_the_error_of_outputs():
     assert gptq < 0.5, gptq
 
 
+@pytest.mark.slow
 def test_calibration_measures_gradients_and_inputs(data, tiny_model):
     """Against gradients of one sequence at a time and inputs that a hook sees."""
     cfg, run, corpus = data
@@ -270,6 +271,7 @@ def test_the_header_names_what_is_not_plain(tiny_model):
         assert tensors.keys() == dict(model.named_parameters()).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("compressor", ["ans", "zstd", "lzma"])
 def test_the_budget_is_filled(data, tiny_model, known, compressor):
@@ -357,6 +359,7 @@ def sealed(header, section, words):
     return golf.PREFIX.pack(golf.MAGIC, golf.VERSION, len(text), digest) + body
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150)
 def test_a_forged_payload_is_numbers_or_one_clear_error(blob, data):
@@ -515,6 +518,7 @@ def test_a_header_of_a_monster_is_refused_before_memory_is_taken(data):
     assert golf.read_header(json.dumps(header).encode(), 0, data[0])[0].model_dim == 64
 
 
+@pytest.mark.slow
 def test_a_calibration_out_of_time_leaves_gptq_out(data, tiny_model, monkeypatch):
     """The time kept for it is never exceeded by more than the longest factor so far."""
     cfg, run, corpus = data

@@ -193,6 +193,7 @@ NUMBERS = ["0", "1", "2", "3", "7", "16", "64", "4096", "-1", "0.5", "1e9", "nan
 VALUES = st.sampled_from([*NUMBERS, "x", "4,5", "demo", "full", "pr890"])
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, VALUES, max_size=3), st.sampled_from(["demo", "full", "auto"]))
 @settings(max_examples=1000)
 def test_any_values_give_a_configuration_or_one_clear_error(env, scale):
@@ -336,12 +337,14 @@ def test_a_plain_run_finds_what_the_fetch_command_fetches(monkeypatch, tmp_path,
     assert (given.data_path, given.tokenizer_path) == ("mine", golf.Config.tokenizer_path)
 
 
+@pytest.mark.slow
 def test_help_may_be_cut_off():
     script = f"{sys.executable} {golf.__file__} --help | head -n 1"
     done = subprocess.run(script, shell=True, text=True, capture_output=True)
     assert done.stdout.startswith("Parameter Golf") and not done.stderr
 
 
+@pytest.mark.slow
 def test_importing_needs_nothing_of_unix():
     """Windows has no module resource; there the peak of memory is unknown, and nothing else."""
     code = (

@@ -218,6 +218,7 @@ os._exit(golf.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where, stage, saved",
     [
@@ -285,6 +286,7 @@ def test_artifacts_of_another_vocabulary_and_damaged(job, trained, text_folder, 
     check(job(LOAD_ARTIFACT=str(tmp_path / "bad.ptz")), "artifact", "damaged", "SHA-256")
 
 
+@pytest.mark.slow
 def test_a_lone_file_does_everything(text_folder, tmp_path):
     """In an empty folder, beside no other file of ours, with another package named tools around."""
     shutil.copy(golf.__file__, tmp_path)

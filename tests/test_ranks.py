@@ -70,6 +70,7 @@ def test_training_on_its_own_ranks_is_torchruns(job, tmp_path):
     assert own.returncode == launched.returncode == 0, own.stderr
     weights = [tmp_path / name / "golf-demo-1337.safetensors" for name in ("own", "launched")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not [*tmp_path.glob("*/*.png")]  # PICTURE=0
 
 
 def children(process):
@@ -130,6 +131,7 @@ os._exit(golf.main())
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_start_is_told_at_once(workplace, tmp_path):
     (tmp_path / "absent.py").write_text(ABSENT_RANK)
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(golf.__file__)}

@@ -413,6 +413,7 @@ os._exit(golf.main())  # as train_gpt.py itself: the collectives' threads can ab
 """
 
 
+@pytest.mark.slow
 def test_no_rank_counts_what_another_validates(workplace, tmp_path):
     """Two ranks: the second is done with a validation long before the first."""
     folder, env = workplace

@@ -24,6 +24,7 @@ def test_an_artifact_goes_on_from_a_prompt(job, trained):
     assert long.returncode == 2 and "SAMPLE" in long.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scoring", ["neural", "calibrated"])
 def test_tokens_are_drawn_from_the_scored_distribution(data, tiny_model, scoring):
     """Their mean log-probability is, on average, minus the entropy of what they are drawn from."""

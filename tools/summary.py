@@ -38,7 +38,7 @@ MAY_DIFFER = {
     *("load_weights", "load_artifact", "resume", "resume_eval"),  # the stage it went on from
     # What it says and saves on the way, and how it ends; the table shows each run's audit.
     *("train_log_every", "val_loss_every", "checkpoint_seconds", "dist_timeout_seconds"),
-    *("debug", "audit"),
+    *("debug", "audit", "picture", "ranks"),  # world_size is of MACHINE
 }
 MACHINE = ("code_sha256", "world_size", "gpu", "torch")  # of `facts`, always the same
 CORPUS = ("vocabulary_sha256", "val_targets")  # of `corpus`, always the same

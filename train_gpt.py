@@ -182,7 +182,6 @@ class ModelSettings:
     loop_first: int = setting(3, "first of the blocks that are visited loop_passes times", POSITIVE)
     loop_last: int = setting(5, "last of them", POSITIVE)
     loop_passes: int = setting(3, "visits of each of them in a pass; 1: no loop", (1, 16))
-    skip_gates: bool = setting(False, "skips are interpolated by a learned gate, not added")
     lanes_from: int = setting(8, "first layer with two residual lanes; 0: none")
     attn_gate: bool = setting(True, "a gate a head on attention's output, by its input")
     content_smear: bool = setting(True, "smear by a token's embedding, and not over BOS")
@@ -326,7 +325,6 @@ PLAIN: dict[str, Any] = {
     "loop_first": 3,  # without a loop it does not matter which
     "loop_last": 5,
     "loop_passes": 1,
-    "skip_gates": False,
     "lanes_from": 0,
     "attn_gate": False,
     "content_smear": False,
@@ -1641,10 +1639,10 @@ def prepare_text(cfg: Config, run: Run) -> Path:
 # part along the position's own value. Logits are softcapped and tied to the embedding.
 #
 # Where they are switched on: blocks loop_first ... loop_last are visited loop_passes times in a row
-# (depth recurrence, #1290, #1394), skips are interpolated (#1179), heads' outputs get a gate by the
-# block's input (#1667), the smear gate looks at the token's embedding and stops at BOS (#1851), and
-# from block lanes_from of the second half on the stream has two lanes (#1204, #1529). Attention
-# reads lane a, with skips and mixes, the MLP lane b, and a learned routing writes both:
+# (depth recurrence, #1290, #1394), heads' outputs get a gate by the block's input (#1667), smearing
+# is gated by the token's embedding and stops at BOS (#1851), and from block lanes_from of the
+# second half on the stream has two lanes (#1204, #1529). Attention reads lane a, with skips and
+# mixes, the MLP lane b, and a learned routing writes both:
 #
 #     p = attn_scale[l] * W_out attention(s(l) norm(resid_mix[l,0] * a + resid_mix[l,1] * x0))
 #     q = mlp_scale[l] * W_down leaky_relu(W_up s(l) norm(b))^2
@@ -1875,8 +1873,6 @@ class GPT(nn.Module):
             self.smear_gate = filled(C)
         visits = len(block_visits(cfg, looping=True))
         self.skip_weights = filled(visits // 2, C, value=1.0)
-        if cfg.skip_gates:
-            self.skip_gate = filled(visits // 2, C)
         self.attn_scale = filled(L, C, value=1.0)
         self.mlp_scale = filled(L, C, value=1.0)
         self.resid_mix = filled(L, 2, C)
@@ -1963,7 +1959,8 @@ class GPT(nn.Module):
             if visit.lanes and len(lanes) == 1:
                 lanes = [*lanes, *lanes]
             if visit.skip is not None:
-                lanes[0] = self.add_skip(w, visit.skip, lanes[0], waiting.pop())
+                skip = w["skip_weights"][visit.skip]
+                lanes[0] = torch.addcmul(lanes[0], skip, waiting.pop())
             mixed = torch.addcmul(w["resid_mix"][layer, 0] * lanes[0], w["resid_mix"][layer, 1], x0)
             attended, values = self.attend(
                 w, layer, mixed, rope, value_embedding, first_values, queries
@@ -1977,12 +1974,6 @@ class GPT(nn.Module):
             if visit.waits:
                 waiting.append(lanes[0])
         return norm(lanes[0] if len(lanes) == 1 else torch.lerp(*lanes, 0.5))
-
-    def add_skip(self, w: dict[str, Tensor], row: int, x: Tensor, skip: Tensor) -> Tensor:
-        """x (B,T,C) with an earlier output (B,T,C), by a row of the skips' weights."""
-        if "skip_gate" in w:
-            return torch.lerp(w["skip_weights"][row] * skip, x, w["skip_gate"][row].sigmoid())
-        return torch.addcmul(x, w["skip_weights"][row], skip)
 
     def route(
         self, w: dict[str, Tensor], layer: int, lanes: list[Tensor], attended: Tensor

@@ -177,14 +177,6 @@ class PlainGPT(nn.Module):
         inside = [i for _ in range(cfg.loop_passes) for i in range(len(before), after.start)]
         return [*before, *inside, *after]
 
-    def with_skip(self, x, skip, row):
-        """x (B,T,C) and what the block mirrored at the middle gave."""
-        skip = self.skip_weights[row].to(self.dtype)[None, None, :] * skip
-        if not self.cfg.skip_gates:
-            return x + skip
-        gate = torch.sigmoid(self.skip_gate[row].to(self.dtype))[None, None, :]
-        return gate * x + (1 - gate) * skip
-
     def logits(self, tokens):
         """(B,T,V) float32 of tokens (B,T)."""
         cfg, order = self.cfg, self.order()
@@ -201,7 +193,8 @@ class PlainGPT(nn.Module):
             if cfg.lanes_from and place >= half and i >= cfg.lanes_from and len(lanes) == 1:
                 lanes = [lanes[0], lanes[0]]
             if place >= half and skips:
-                lanes[0] = self.with_skip(lanes[0], skips.pop(), place - half)
+                scale = self.skip_weights[place - half].to(self.dtype)[None, None, :]
+                lanes[0] = lanes[0] + scale * skips.pop()
             own = None
             if i in cfg.ve_layers:
                 scale = self.value_layer_scale.to(self.dtype)[cfg.ve_layers.index(i)]

@@ -46,6 +46,8 @@ SMALL = {
     "SCALE": "demo",
     "DEVICE": "cpu",
     "COMPILE": "0",
+    "PICTURE": "0",
+    "RANKS": "1",
     "NUM_LAYERS": "4",
     "XSA_LAST_N": "4",
     "VE_LAYERS": "2,3",

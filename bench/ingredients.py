@@ -11,8 +11,8 @@ at demo size cannot show. Every arm is a whole run of train_gpt.py: the same ste
 schedule, the network alone, scored before and after export in the same bytes, which bind as 16 MB
 do at full size (BITS a parameter of the widest arm).
 
-"plus" arms add one ingredient to `old`, the network of the submissions with our exporter; "minus"
-arms take one out of `whole`; "decay" arms have another weight decay. Runs are kept in
+"plus" arms add one ingredient to `old`, the network of the submissions with our exporter; `golf`
+has them all, "minus" arms all but one; "decay" arms have another weight decay. Runs are kept in
 --out and never repeated; an interrupted day goes on where it was.
 """
 
@@ -72,18 +72,15 @@ INGREDIENTS = {
         "EMA_DECAY": "0.9965",
     },
     "loop": {"LOOP_PASSES": "3"},
-    "skipgates": {"SKIP_GATES": "1"},
     "lanes": {"LANES_FROM": "8"},
     "attngate": {"ATTN_GATE": "1"},
     "smear": {"CONTENT_SMEAR": "1"},
     "momentum": {"MUON_MOMENTUM": "0.97"},
     "rownorm": {"MUON_ROW_NORM": "1", "QK_GAIN_INIT": "5"},
 }
-CHOSEN = "minus_skipgates"  # the arm that is golf's network
 LAYER_BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 NOISE = 0.05  # of a matrix's root mean square
-TOGETHER = ("loop", "skipgates")  # which the field has taken together: also a pair of arms
-DECAYS = ("0.02", "0.04", "0.065")  # beside the whole's 0.09
+DECAYS = ("0.02", "0.04", "0.065")  # beside golf's 0.09
 
 
 def together(names) -> dict[str, str]:
@@ -93,13 +90,11 @@ def together(names) -> dict[str, str]:
 
 def arms() -> dict[str, dict[str, str]]:
     """Settings beside PROXY and OLD of every arm, by name."""
-    whole = together(INGREDIENTS)
-    found = {"old": {}, "whole": whole}
-    for names in [*((name,) for name in INGREDIENTS), TOGETHER]:
-        label = "_".join(names)
-        found[f"plus_{label}"] = together(names)
-        found[f"minus_{label}"] = together(n for n in INGREDIENTS if n not in names)
-    for base in ("whole", f"minus_{'_'.join(TOGETHER)}"):
+    found = {"old": {}, "golf": together(INGREDIENTS)}
+    for name in INGREDIENTS:
+        found[f"plus_{name}"] = INGREDIENTS[name]
+        found[f"minus_{name}"] = together(n for n in INGREDIENTS if n != name)
+    for base in ("golf", "minus_loop"):
         for decay in DECAYS:
             found[f"{base}_decay_{decay}"] = found[base] | {"MUON_WD": decay, "EMBED_WD": decay}
     return found
@@ -176,16 +171,17 @@ def row(name: str, runs: dict, base: dict) -> str:
 
 
 def report(out: Path) -> None:
-    """Print the table of the runs that are there; plus arms against old, others against whole."""
+    """Print the table of the runs that are there; golf and plus arms against old, others against
+    golf."""
     print(
         "| arm | seeds | parameters | bytes | before export | after | gap | spread | difference |",
         end="",
     )
     print(" each seed | ms a step |\n|" + 11 * "---|")
-    bases = {name: runs_of(name, out) for name in ("old", "whole")}
+    bases = {name: runs_of(name, out) for name in ("old", "golf")}
     for name in arms():
         runs = runs_of(name, out)
-        base = bases["old" if name.startswith("plus") or name == "whole" else "whole"]
+        base = bases["old" if name.startswith("plus") or name == "golf" else "golf"]
         if runs:
             print(row(name, runs, {} if name == "old" else base))
 

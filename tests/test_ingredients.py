@@ -14,7 +14,7 @@ def config(settings):
 
 
 def test_one_arm_is_golfs_network_and_another_the_submissions():
-    chosen, old = (config(ingredients.arms()[name]) for name in (ingredients.CHOSEN, "old"))
+    chosen, old = (config(ingredients.arms()[name]) for name in ("golf", "old"))
     assert {name: getattr(old, name) for name in golf.SHARED} == golf.SHARED
     assert all(getattr(chosen, n) == getattr(golf.Config, n) for n in golf.SHARED)
 
@@ -24,8 +24,8 @@ def test_an_ingredient_is_in_one_arm_and_out_of_the_other(name):
     arms, own = ingredients.arms(), ingredients.INGREDIENTS[name]
     plus, minus = arms[f"plus_{name}"], arms[f"minus_{name}"]
     assert plus == own and not own.keys() & minus.keys()
-    assert own | minus == arms["whole"]
-    assert config(plus) != config({}) and config(minus) != config(arms["whole"])
+    assert own | minus == arms["golf"]
+    assert config(plus) != config({}) and config(minus) != config(arms["golf"])
 
 
 def test_the_budget_binds_by_the_widest_arm(tmp_path):

@@ -25,7 +25,6 @@ RECIPES["small"] = dict(
 INGREDIENTS = {
     "wide": dict(mlp_mult=4.0),
     "loop": dict(loop_passes=3),
-    "gated skips": dict(skip_gates=True),
     "lanes": dict(lanes_from=8),
     "attention gate": dict(attn_gate=True),
     "content smear": dict(content_smear=True),
@@ -79,8 +78,8 @@ def test_the_network_is_what_a_plain_one_computes(tiny_model, options):
 
 def test_a_loop_that_is_off_is_the_network_without_one(tiny_model):
     """loop_from: until then blocks are visited once, with the first rows of the skips."""
-    cfg, looped = tiny_model(loop_passes=3, skip_gates=True)
-    _, once = tiny_model(skip_gates=True)
+    cfg, looped = tiny_model(loop_passes=3)
+    _, once = tiny_model()
     weights = {n: p[:5] if n.startswith("skip") else p for n, p in looped.state_dict().items()}
     once.load_state_dict(weights)
     tokens = batch(cfg)

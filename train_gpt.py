@@ -2463,6 +2463,8 @@ class Trainer:
         """Compile and run steps of each graph that training will use, the largest first; nothing
         remains but a micro-batch that fits into memory."""
         started = self.run.sync()
+        if self.forward is not self.model:
+            self.run.log("compiling: a minute or more the first time, then the graphs are kept")
         saved = [p.detach().clone() for p in self.model.parameters()]
         optimizer, position = Optimizer(self.model, self.cfg, self.run), self.loader.position
         length = self.cfg.train_seq_len
@@ -5249,7 +5251,8 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
     run.record["config"] = {name: settings[name] for name in FIELDS}
     for kind in ("facts", "corpus"):
         run.log(f"{kind} " + " ".join(f"{k}:{v}" for k, v in run.record[kind].items()))
-    usual = asdict(load_config({"RECIPE": cfg.recipe, "SCALE": cfg.scale})[0])
+    chosen = {"RECIPE": cfg.recipe, "SCALE": cfg.scale, "SMOKE": str(int(cfg.smoke))}
+    usual = asdict(load_config(chosen)[0])
     changed = [f"{k.upper()}={v}" for k, v in run.record["config"].items() if v != usual[k]]
     told = " ".join(changed) or "nothing"
     run.log(
@@ -5629,9 +5632,8 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
 
 def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     """The whole run, as a table of contents; the exit status."""
-    for note in notes:
-        run.log(note)
-    run.log(how_it_computes(cfg, run))
+    for line in (what_it_does(cfg), *notes, how_it_computes(cfg, run)):
+        run.log(line)
     run.stage = "data"
     if not cfg.load_artifact:
         fit_micro_batch(cfg, run.world_size)  # fails before expensive work
@@ -5646,6 +5648,21 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
         run.on_main(lambda: sample(model, data, cfg, run))
         return 0
     return evaluate_artifact(blob, data, cfg, run)
+
+
+def what_it_does(cfg: Config) -> str:
+    """The log's first line: the stages that this run has."""
+    if cfg.load_artifact:
+        stages = ["artifact"]
+    elif cfg.load_weights:
+        stages = ["weights", "export"]
+    else:
+        limit = f"at most {cfg.max_wallclock_seconds:g} s"
+        if not cfg.max_wallclock_seconds:
+            limit = f"{cfg.iterations} steps"
+        stages = [f"training ({limit})", "export"]
+    stages += ["sample"] if cfg.sample else ["evaluation"] + ["audit"] * (cfg.audit != "0")
+    return f"{cfg.recipe} at {cfg.scale} scale: " + ", ".join(["data", *stages])
 
 
 def how_it_computes(cfg: Config, run: Run) -> str:

@@ -58,6 +58,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -815,6 +816,7 @@ FORMATS = {
 }
 MOST_OWN_RANKS = 8  # of a challenge's machine; more were not tried
 RANK_BYTES = 2**31  # of memory for each of them; a default run's have 0.9e9
+CORES_VARIABLE = "OWN_RANKS_CORES"  # tells them how many cores the first one found
 
 ROLL_CALL_SECONDS = 3.0  # to answer; torchrun leaves a rank 30 s when another has died
 GLOO_ERRORS = ("gloo", "pair closure")  # words of its errors, which are no class of their own
@@ -855,23 +857,45 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def memory_bytes() -> float:
-    """Of this machine; infinite where nobody tells."""
+def cgroup_numbers(name: str) -> list[float]:
+    """The numbers in a file of this container's limits; none without it, or without a limit."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return math.inf
+        words = Path("/sys/fs/cgroup", name).read_text().split()
+    except OSError:  # no Linux, or the cgroups of before 2016
+        return []
+    return [float(word) for word in words if word.isdigit()]
+
+
+def memory_bytes() -> float:
+    """Of this machine or container; infinite where nobody tells."""
+    limits = cgroup_numbers("memory.max")
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits, default=math.inf)
+
+
+def count_cores() -> int:
+    """Those that PyTorch would use, so that OMP_NUM_THREADS counts, within this container's share
+    of time."""
+    quota = cgroup_numbers("cpu.max")  # microseconds of each period
+    share = quota[0] / quota[1] if len(quota) == 2 else math.inf
+    return max(1, int(min(torch.get_num_threads(), share)))
 
 
 def own_ranks(cfg: Config, cores: int) -> int:
     """How many ranks a run that torchrun did not launch has: on a CPU as many as divide a step's
-    sequences, have a core each and fit into memory; one where the score depends on their number."""
-    if "RANK" in os.environ:
+    sequences, have a core each and fit into memory. One where their number changes the score, at
+    full size, whose memory nobody knows before, and where the program has no file to be started
+    from again. RunError if RANKS does not divide a step."""
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    typed = len(sys.orig_argv) < 2 or "-" in sys.orig_argv
+    if "RANK" in os.environ or cuda or typed or sys.platform == "win32":  # no libuv store there
         return 1
     if cfg.ranks:
+        if not cfg.load_artifact:
+            fit_micro_batch(cfg, cfg.ranks)
         return cfg.ranks
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    if cuda or cfg.sample or cfg.ngram_history == "cold":
+    if cfg.scale == "full" or cfg.sample or cfg.ngram_history == "cold":
         return 1
     most = int(min(MOST_OWN_RANKS, cores, max(1, memory_bytes() // RANK_BYTES)))
     sequences = cfg.train_batch_tokens // cfg.train_seq_len
@@ -887,48 +911,60 @@ class Launcher:
     """The ranks of a run that nobody launched: this process is the first, the others are the same
     command again, with the variables that torchrun would set.
 
-    cores: that PyTorch would use in one process, so that OMP_NUM_THREADS counts. count: of ranks.
-    others: their processes, which write nothing, and do not hear Ctrl-C: it is the first rank's to
-    pass on. joined: whether all have met, so that collectives notice who is missing.
+    cores: of all ranks. count: of ranks. others: their processes, in a session of their own, where
+    no Ctrl-C comes: it is the first rank's to pass on. Each reads its standard input, a pipe from
+    the first rank, and ends when that does. joined: whether all have met, so that collectives
+    notice who is missing.
     """
 
     def __init__(self, cfg: Config):
-        self.cores = torch.get_num_threads()
+        self.cores = int(os.environ.get(CORES_VARIABLE, count_cores()))
         self.count = own_ranks(cfg, self.cores)
         self.others: list[subprocess.Popen] = []
         self.joined = False
+        if CORES_VARIABLE in os.environ:
+            threading.Thread(target=end_with_the_first, daemon=True).start()
+
+    def start(self) -> None:
+        """Start the others, if there are any; this process is rank 0 from here on."""
         if self.count == 1:
             return
+        listener = socket.create_server(("127.0.0.1", 0))  # for nobody outside of this machine
+        port, own_threads = listener.getsockname()[1], max(1, self.cores // self.count)
         self.store = dist.TCPStore(
-            "127.0.0.1", 0, self.count, is_master=True, wait_for_workers=False
+            "127.0.0.1",
+            port,
+            self.count,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
-        own_threads = max(1, self.cores // self.count)
         torch.set_num_threads(own_threads)
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.store.port),
+            "MASTER_PORT": str(port),
             "WORLD_SIZE": str(self.count),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already
             "TORCHELASTIC_RESTART_COUNT": "0",
             "OMP_NUM_THREADS": str(own_threads),
+            CORES_VARIABLE: str(self.cores),
         }
-        for rank in reversed(range(self.count)):
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            if rank:
-                self.others.append(self.start())
-        threading.Thread(target=self.watch, daemon=True).start()
-
-    def start(self) -> subprocess.Popen:
-        """Another rank, by the environment as it is."""
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         command = [sys.executable, *sys.orig_argv[1:]]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        for rank in range(1, self.count):
+            env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.others.append(
+                subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+            )
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+        threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
         """End the run if another rank has ended before all have met."""
         while not self.joined:
-            ended = [process for process in self.others if process.poll() is not None]
-            if ended:
+            if any(process.poll() is not None for process in self.others):
                 print("error: another rank did not start; RANKS=1 needs none", file=sys.stderr)
+                self.end()
                 os._exit(2)
             time.sleep(0.1)
 
@@ -940,13 +976,19 @@ class Launcher:
             process.wait()
 
 
+def end_with_the_first() -> None:
+    """In another rank of a Launcher: wait for the end of the first, however it comes, and end."""
+    sys.stdin.buffer.read()
+    os._exit(2)
+
+
 class Run:
     """This process's place in the run.
 
     rank, world_size, is_main: of this process; is_main: it is rank 0. device: where it computes.
-    cores: CPU threads for work that the others wait for. stage: what is being done, for error
-    messages. base: path of the run's files without suffix, ""
-    until open_log; pending: lines that are not in the log's file yet. speaks: whether it logs.
+    cores: of all ranks that it shares a machine with. stage: what is being done, for error
+    messages. base: path of the run's files without suffix, "" until open_log; pending: lines that
+    are not in the log's file yet. speaks: whether it logs.
     attention: name and function of the back end, once choose_attention has found it.
     saved: paths written; unsaved: what could not be written, and why. record: {kind: rows or
     facts}, everything that was logged as data.
@@ -990,7 +1032,9 @@ class Run:
         if self.world_size == 1:
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         back_end = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=cfg.dist_timeout_seconds)
+        # A rank of a Launcher that dies closes its connections, and none of them is far away.
+        seconds = 1e6 if CORES_VARIABLE in os.environ else cfg.dist_timeout_seconds
+        timeout = timedelta(seconds=seconds)
         dist.init_process_group(back_end, timeout=timeout, **alone)
 
     def take_name(self, cfg: Config) -> str:
@@ -1072,9 +1116,8 @@ class Run:
         return result
 
     def on_main(self, work: Callable[[], Any]):
-        """Rank 0's work() on all cores, sent to all; its error is raised on all."""
-        with threads(self.cores):
-            result = [self.on_all(work if self.is_main else lambda: None)]
+        """Rank 0's work(), sent to all; its error is raised on all."""
+        result = [self.on_all(work if self.is_main else lambda: None)]
         if self.world_size > 1:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
@@ -1669,7 +1712,7 @@ GATE_WIDTH = 12  # channels that the gates of attention (#1667) and smear (#1851
 # Inductor's: 6 ms a step slower with it, and silently wrong gradients (pytorch 179494, 193061)
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 # Of training on a CPU: a minute of compilation, once, makes its steps a third faster.
-COMPILE_PAYS_SECONDS = 100.0
+COMPILE_PAYS_SECONDS, COMPILE_PAYS_STEPS = 100.0, 100
 # Attention back ends, best first: FlashAttention 3 and cuDNN have kernels made for Hopper (compute
 # capability 9), where cuDNN's were up to twice as fast as FlashAttention 2's.
 ATTENTION_ORDER = {
@@ -2075,11 +2118,30 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     return getattr(torch, cfg.compute)
 
 
-def compiles(cfg: Config, run: Run, seconds: float = 0.0) -> bool:
-    """Whether work of so many seconds is compiled; on a CPU unasked only where it pays."""
+def compiles(cfg: Config, run: Run, pays: bool = False) -> bool:
+    """Whether a function is compiled; on a CPU unasked only where it pays."""
     if cfg.compile == "auto":
-        return run.device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS
+        return run.device.type == "cuda" or pays
     return cfg.compile == "1"
+
+
+def is_long_training(cfg: Config, run: Run) -> bool:
+    """Whether compilation on a CPU pays, which precedes the clock and takes twice as long on one
+    core as on two."""
+    enough = cfg.max_wallclock_seconds >= COMPILE_PAYS_SECONDS
+    enough = enough and cfg.iterations >= COMPILE_PAYS_STEPS
+    return enough and cfg.warmup_steps > 0 and run.cores > 1
+
+
+def kept_graphs(cfg: Config) -> Path:
+    """Folder of compiled graphs beside the text that was prepared, for processors like this one,
+    whose instructions they use."""
+    name = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    folder = f"compiled_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path(cfg.prepared_path, folder).resolve()
 
 
 def compiled(
@@ -2087,14 +2149,15 @@ def compiled(
     cfg: Config,
     run: Run,
     options: dict[str, Any] | None = None,
-    seconds: float = 0.0,
+    pays: bool = False,
 ) -> Callable:
-    """torch.compile where work of so many seconds wants it: whole graphs of fixed shapes, with
-    Inductor's options, kept beside the text that was prepared, so that the next run finds them."""
-    if not compiles(cfg, run, seconds):
+    """torch.compile where it is wanted: whole graphs of fixed shapes, with Inductor's options, kept
+    for the next run."""
+    if not compiles(cfg, run, pays):
         return function
-    kept = Path(cfg.prepared_path, "compiled").resolve()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+    folder = str(kept_graphs(cfg))
+    if not re.search(r"\s", folder):  # Inductor's commands would fall apart
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
     options = COMPILE_OPTIONS | (options or {})
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
@@ -2393,7 +2456,8 @@ class Trainer:
     def __init__(self, model: GPT, data: Data, cfg: Config, run: Run):
         self.model, self.data, self.cfg, self.run = model, data, cfg, run
         self.loader = TrainLoader(data.train, cfg, run)
-        self.forward = compiled(model, cfg, run, seconds=cfg.max_wallclock_seconds)
+        (pays,) = run.of_ranks(float(is_long_training(cfg, run)))
+        self.forward = compiled(model, cfg, run, pays=all(pays))
         self.steps, self.elapsed, self.last_progress = 0, 0.0, 0.0
         self.clock_zero = 0.0
         self.last_loss = math.nan
@@ -2440,24 +2504,27 @@ class Trainer:
         return total
 
     def first_gradients(self, looping: bool) -> None:
-        """Gradients of a graph that may not be compiled yet. On a CPU the first rank compiles with
-        all cores, the others take what it has kept; where nobody can compile, nobody does."""
-        waits = self.forward is not self.model and self.run.device.type == "cpu"
-        if waits and not self.run.is_main:
-            self.run.of_ranks()
-        try:
+        """Gradients of a graph that is not compiled yet. On a CPU the first rank compiles with all
+        cores, then the others take what it has kept; if one cannot, unasked, none does."""
+        if self.run.device.type != "cpu" or self.forward is self.model:
             self.gradients(looping)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if self.cfg.compile == "1" or self.run.device.type != "cpu":
-                raise
-            self.forward = self.model
-            reason = str(error).strip().splitlines()[0]
-            self.run.log(f"not compiled, for this machine cannot: {reason}")
-            self.model.zero_grad(set_to_none=True)
-            self.gradients(looping)
-        finally:
-            if waits and self.run.is_main:
-                self.run.of_ranks()
+            return
+        reason = ""
+        for is_turn in (self.run.is_main, not self.run.is_main):
+            try:
+                if is_turn:
+                    self.gradients(looping)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if self.cfg.compile == "1":
+                    raise
+                reason = str(error).strip().splitlines()[0]
+            (failures,) = self.run.of_ranks(float(bool(reason)))
+            if any(failures):
+                self.run.log(f"not compiled, for not every rank can: {reason}")
+                self.forward = self.model
+                self.model.zero_grad(set_to_none=True)
+                self.gradients(looping)
+                return
 
     def warm_up(self) -> None:
         """Compile and run steps of each graph that training will use, the largest first; nothing
@@ -2469,11 +2536,13 @@ class Trainer:
         optimizer, position = Optimizer(self.model, self.cfg, self.run), self.loader.position
         length = self.cfg.train_seq_len
         graphs = sorted({self.looping(0.0), self.looping(1.0)}, reverse=True)
+        warm: set[bool] = set()
         steps = [looping for looping in graphs for _ in range(self.cfg.warmup_steps)]
         while steps:
             step_started = self.run.sync()
             try:
-                self.first_gradients(steps[0])
+                gradients = self.gradients if steps[0] in warm else self.first_gradients
+                gradients(steps[0])
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1 or self.cfg.micro_batch_tokens:
                     raise
@@ -2483,7 +2552,7 @@ class Trainer:
                 continue
             optimizer.step(1.0, self.cfg.muon_momentum)
             step_seconds = self.run.sync() - step_started
-            steps.pop(0)
+            warm.add(steps.pop(0))
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), saved)
         self.loader.position = position
@@ -5586,7 +5655,8 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
     senses = calibrate(model, data, cfg, run)
 
     def export_and_save() -> bytes:
-        blob = export(model, senses, data, cfg, run)
+        with threads(run.cores):  # the others wait
+            blob = export(model, senses, data, cfg, run)
         run.save(f".int{cfg.matrix_bits}.ptz", blob)
         return blob
 
@@ -5671,11 +5741,9 @@ def how_it_computes(cfg: Config, run: Run) -> str:
     ranks = f"{run.world_size} x {run.device.type}"
     if run.device.type == "cpu":
         ranks = f"RANKS={run.world_size}, {own} threads each, on {run.cores} cores"
-    graphs = [
-        name
-        for name, seconds in (("training", cfg.max_wallclock_seconds), ("evaluation", 0.0))
-        if compiles(cfg, run, seconds)
-    ]
+    trains = not (cfg.load_artifact or cfg.load_weights)
+    graphs = ["training"] * (trains and compiles(cfg, run, is_long_training(cfg, run)))
+    graphs += ["evaluation"] * compiles(cfg, run)
     told = " and ".join(graphs) or "nothing"
     dtype = str(compute_dtype(cfg, run.device)).removeprefix("torch.")
     return f"computing with {ranks}; compiled (COMPILE): {told}; COMPUTE={dtype}"
@@ -5718,6 +5786,7 @@ def main() -> int:
     try:
         cfg, notes = load_config(os.environ)
         launcher = Launcher(cfg)
+        launcher.start()
         run = Run(cfg, launcher.cores)
         launcher.joined = True
         status = run_all(cfg, notes, run)

@@ -187,9 +187,15 @@ def report(out: Path) -> None:
 
 
 @torch.no_grad()
-def harm(model, tokens, layer: int, seed: int = 0) -> float:
-    """KL divergence, nats a token, of a network to itself with NOISE in a layer's matrices."""
-    clean = model.logits(tokens).double().log_softmax(-1)
+def divergence(model, other, tokens) -> float:
+    """KL divergence, nats a token, of a network's distributions to another's."""
+    own, others = (m.logits(tokens).double().log_softmax(-1) for m in (model, other))
+    return float((own.exp() * (own - others)).sum(-1).mean())
+
+
+@torch.no_grad()
+def harm(model, clean, tokens, layer: int, seed: int = 0) -> float:
+    """`divergence` of `clean` to an equal network with NOISE in a layer's matrices."""
     generator, kept = torch.Generator().manual_seed(seed), {}
     for name in LAYER_BANKS:
         bank = getattr(model, name)
@@ -197,21 +203,24 @@ def harm(model, tokens, layer: int, seed: int = 0) -> float:
         for matrix in bank[layer :: model.cfg.num_layers]:
             noise = torch.randn(matrix.shape, generator=generator)
             matrix.add_(NOISE * matrix.square().mean().sqrt() * noise)
-    noisy = model.logits(tokens).double().log_softmax(-1)
+    found = divergence(clean, model, tokens)
     for name, bank in kept.items():
         getattr(model, name).copy_(bank)
-    return float((clean.exp() * (clean - noisy)).sum(-1).mean())
+    return found
 
 
-def sensitivities(name: str, out: Path, data: Path) -> tuple[list[float], list[float]]:
-    """Of the first seed's weights of an arm: what NOISE in each layer's matrices does, and what
-    the export's sensitivities, mean square gradients of training text, say that it does."""
+def sensitivities(name: str, out: Path, data: Path) -> tuple[float, int, list[float], list[float]]:
+    """Of the first seed of an arm: divergence of the network as trained to the one that is
+    shipped, and on how many tokens; what NOISE in each layer's matrices does, and what the
+    export's sensitivities, mean square gradients of training text, say that it does."""
     path = min(out.glob(f"{name}-*.safetensors"))
     own = {"LOGS_PATH": tempfile.mkdtemp(), "COMPILE": "0"}
     cfg, _ = golf.load_config(PROXY | OLD | arms()[name] | shards(data) | own)
     run = golf.Run(cfg)
-    model = golf.build_model(cfg, run, golf.read_tensors(path))
+    model, clean = (golf.build_model(cfg, run, golf.read_tensors(path)) for _ in range(2))
     found = golf.load_data(cfg, run)
+    blob = path.with_suffix(f".int{cfg.matrix_bits}.ptz").read_bytes()
+    _, shipped = golf.load_network(blob, found, cfg, run)
     seen = golf.observe(model, found, cfg, run, math.inf, golf.CALIBRATION_SEQUENCES)
     torch.distributed.destroy_process_group()
     told = torch.zeros(cfg.num_layers)
@@ -219,7 +228,8 @@ def sensitivities(name: str, out: Path, data: Path) -> tuple[list[float], list[f
         squares = getattr(model, bank).detach().square().mean((1, 2))
         told += (seen.rows[bank].sum(1) * squares).view(-1, cfg.num_layers).sum(0)
     tokens = found.val[: 32 * cfg.eval_seq_len].view(32, -1)
-    return [harm(model, tokens, i) for i in range(cfg.num_layers)], told.tolist()
+    harms = [harm(model, clean, tokens, i) for i in range(cfg.num_layers)]
+    return divergence(clean, shipped, tokens), tokens.numel(), harms, told.tolist()
 
 
 def shares(values: list[float]) -> str:
@@ -295,7 +305,8 @@ def main() -> None:
         return
     if args.sensitivities:
         for name in args.only.split(","):
-            measured, told = sensitivities(name, args.out, args.data)
+            shipped, count, measured, told = sensitivities(name, args.out, args.data)
+            print(f"{name}: as trained to as shipped {shipped:.4f} nats a token, of {count}")
             print(f"{name}, by layer: measured {shares(measured)}; told {shares(told)}")
         return
     wanted = {k: v for k, v in arms().items() if not args.only or k in args.only.split(",")}

@@ -1,5 +1,6 @@
 """The ranks that a run starts by itself, and what it compiles unasked."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -40,15 +41,40 @@ def test_a_rank_a_core_that_divides_a_step_and_fits_into_memory(
 def test_one_rank_where_more_would_change_something(unlaunched, monkeypatch):
     assert ranks(sample="Once") == 1
     assert ranks(ngram_history="cold") == 1  # pr889's score depends on the number of ranks
-    assert ranks(ranks=3) == 3  # asked for
+    assert ranks(scale="full") == 1  # whose memory nobody knows
+    assert ranks(ranks=4, scale="full") == 4  # asked for
+    with pytest.raises(golf.RunError, match="do not divide among 3 ranks"):
+        ranks(ranks=3)
+    assert ranks(ranks=3, load_artifact="x") == 3
+    for command in (["python"], ["python", "-"]):  # a program typed in cannot be started again
+        monkeypatch.setattr(sys, "orig_argv", command)
+        assert ranks() == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert ranks() == 1
+    monkeypatch.undo()
     monkeypatch.setenv("RANK", "0")
-    assert ranks() == 1 and ranks(ranks=3) == 1  # torchrun's are what was asked for
+    assert ranks() == 1 and ranks(ranks=4) == 1  # torchrun's are what was asked for
 
 
-def test_memory_is_known_or_infinite(monkeypatch):
-    assert 2**28 < golf.memory_bytes() < 2**60
+def test_memory_and_cores_are_the_machines_or_the_containers(monkeypatch):
+    files = {}
+    monkeypatch.setattr(golf, "cgroup_numbers", lambda name: files.get(name, []))
+    threads = golf.torch.get_num_threads()
+    assert 2**28 < golf.memory_bytes() < 2**60 and golf.count_cores() == threads
+    files |= {"memory.max": [2.0**28], "cpu.max": [150_000.0, 100_000.0]}
+    assert golf.memory_bytes() == 2**28 and golf.count_cores() == 1
+    files.clear()
     monkeypatch.delattr(os, "sysconf")
     assert golf.memory_bytes() == float("inf")
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("max\n", []), ("max 100000\n", [1e5]), ("200000 100000\n", [2e5, 1e5])]
+)
+def test_a_containers_limits_are_read(monkeypatch, text, expected):
+    monkeypatch.setattr(golf.Path, "read_text", lambda path: text)
+    assert golf.cgroup_numbers("cpu.max") == expected
 
 
 def test_two_ranks_of_its_own_score_as_one(job, trained):
@@ -152,7 +178,13 @@ def test_an_error_is_told_once(job):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-LONG = dict(MAX_WALLCLOCK_SECONDS="100", ITERATIONS="2", NGRAM_ENABLED="0", SCORING="neural")
+LONG = dict(
+    MAX_WALLCLOCK_SECONDS="100",
+    ITERATIONS="100",
+    NUM_LAYERS="2",
+    NGRAM_ENABLED="0",
+    SCORING="neural",
+)
 
 
 def test_a_machine_without_a_compiler_says_so_and_goes_on(job, tmp_path):
@@ -161,21 +193,27 @@ def test_a_machine_without_a_compiler_says_so_and_goes_on(job, tmp_path):
     done = job(**LONG, **fresh, **CORES)
     assert done.returncode == 0, done.stderr
     assert "compiled (COMPILE): training" in done.stdout
-    assert "not compiled, for this machine cannot: InvalidCxxCompiler" in done.stdout
-    asked = job(**LONG, **fresh, COMPILE="1")
+    assert "not compiled, for not every rank can: InvalidCxxCompiler" in done.stdout
+    asked = job(**LONG, **fresh, COMPILE="1")  # on one core, where nobody compiles unasked
     assert asked.returncode == 1 and "InvalidCxxCompiler" in asked.stderr
 
 
 @pytest.mark.parametrize(
-    "values, seconds, expected",
+    "values, cores, expected",
     [
-        ({}, 0.0, False),
-        ({}, golf.COMPILE_PAYS_SECONDS - 1, False),
-        ({}, golf.COMPILE_PAYS_SECONDS, True),
-        (dict(compile="0"), 1e9, False),
-        (dict(compile="1"), 0.0, True),
+        ({}, 2, True),
+        ({}, 1, False),
+        (dict(max_wallclock_seconds=golf.COMPILE_PAYS_SECONDS - 1), 2, False),
+        (dict(max_wallclock_seconds=0.0), 2, False),
+        (dict(iterations=golf.COMPILE_PAYS_STEPS - 1), 2, False),
+        (dict(warmup_steps=0), 2, False),  # it would be on the clock
+        (dict(compile="0"), 2, False),
+        (dict(compile="1"), 1, True),
     ],
 )
-def test_what_is_compiled_on_a_cpu(data, values, seconds, expected):
-    cfg, run, _ = data
-    assert golf.compiles(golf.replace(cfg, **values), run, seconds) == expected
+def test_what_is_compiled_on_a_cpu(data, values, cores, expected):
+    run = copy.copy(data[1])
+    run.cores = cores
+    cfg = golf.replace(golf.load_config({"SCALE": "demo"})[0], **values)
+    assert golf.compiles(cfg, run, golf.is_long_training(cfg, run)) == expected
+    assert golf.compiles(cfg, run) == (cfg.compile == "1")  # evaluation

@@ -7,8 +7,8 @@
 into folders of their own. --cold: the chosen runs compile anew each time, as on the first day.
 Prints each run's steps, scores, audit and seconds by stage, then medians and their ratios.
 
---choices trains nothing in turn: it scores the last artifact under every choice of processes and
-compilation, twice each, and compares scores and bits.
+--choices scores one artifact under every choice of processes and compilation, twice each, on
+32,768 targets, and compares scores and bits.
 """
 
 import argparse
@@ -88,8 +88,9 @@ def compare(folder: Path, args) -> None:
 
 def choices(folder: Path) -> None:
     """One artifact's score under every choice, twice: equal to 1e-6, and to the bit for one."""
-    run(folder, "made", {"MAX_WALLCLOCK_SECONDS": "30"})
-    artifact = {"LOAD_ARTIFACT": str(folder / "made.int6.ptz")}
+    few = {"VAL_TOKENS": "32768"}
+    run(folder, "made", few | {"MAX_WALLCLOCK_SECONDS": "30", "COMPILE": "0"})
+    artifact = few | {"LOAD_ARTIFACT": str(folder / "made.int6.ptz")}
     scores = {}
     for name, settings in CHOICES.items():
         twice = [run(folder, f"{name} {i}".replace(",", ""), artifact | settings) for i in "ab"]

@@ -1,13 +1,18 @@
 """Shared fixtures: a small corpus of real text, and runs through the real command line."""
 
+import getpass
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Two busy-waiting threads a process are slower than one wherever the cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
+# One folder of compiled graphs for all runs of all workers, where PyTorch keeps its own.
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
+os.environ |= COMPILED
 
 import pytest
 import torch
@@ -92,7 +97,8 @@ def job(workplace):
     def run(processes=1, wait=True, drop=(), **variables):
         logs = folder / f"logs{next(count)}"
         env = {k: v for k, v in (base | variables).items() if k not in drop}
-        env = {"PATH": os.environ["PATH"], "LOGS_PATH": str(logs), "OMP_NUM_THREADS": "1"} | env
+        own = {"PATH": os.environ["PATH"], "LOGS_PATH": str(logs), "OMP_NUM_THREADS": "1"}
+        env = own | COMPILED | env
         launch = [sys.executable]
         if processes > 1:
             launch += ["-m", "torch.distributed.run", "--standalone"]

@@ -124,3 +124,23 @@ def test_the_contents_list_the_sections_in_their_order():
     sections = [(int(n), title) for n, title in banner.findall(MAIN.read_text("utf-8"))]
     assert contents() == sections and len(sections) > 3
     assert [n for n, _ in sections] == list(range(1, len(sections) + 1))
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_pages_have_no_gaps_and_their_links_lead_somewhere(page):
+    """No placeholder was left; files that are linked exist, headings that are linked too."""
+    text = page.read_text("utf-8")
+    assert not re.search(r"@@|TODO|FIXME", text)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, target

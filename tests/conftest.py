@@ -10,9 +10,6 @@ from pathlib import Path
 
 # Two busy-waiting threads a process are slower than one wherever the cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
-# One folder of compiled graphs for all runs of all workers, where PyTorch keeps its own.
-COMPILED = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
-os.environ |= COMPILED
 
 import pytest
 import torch
@@ -21,6 +18,9 @@ from hypothesis import settings
 import train_gpt as golf
 
 ROOT = Path(__file__).resolve().parent.parent
+# One folder of compiled graphs for all runs of all workers, where PyTorch keeps its own.
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
+os.environ |= COMPILED
 
 settings.register_profile("golf", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("golf")

@@ -5234,7 +5234,7 @@ def continue_tokens(
     end = first + cfg.eval_stride
     bits = random.bytes(8 * cfg.eval_stride)  # 64 a token, more than the rarest needs
     head = struct.pack("<3I", 1, first, end) + history.numpy().astype("<u2").tobytes()
-    return decode_message(model, head + bits, cfg, run)[0][first + 1 :]
+    return decode_message(model, head + bits, cfg, run.alone())[0][first + 1 :]
 
 
 def sample(model: GPT, data: Data, cfg: Config, run: Run) -> None:

@@ -346,7 +346,7 @@ def test_a_start_is_sent_to_every_rank(data, monkeypatch):
 
 def test_ctrl_c_outside_of_training_is_one_line(job, trained):
     artifact = trained.logs / "golf-demo-1337.int6.ptz"
-    process = job(wait=False, LOAD_ARTIFACT=str(artifact), VAL_TOKENS="0")
+    process = job(wait=False, LOAD_ARTIFACT=str(artifact), VAL_TOKENS="0", EVAL_STRIDE="2")
     for line in iter(process.stdout.readline, ""):
         if line.startswith("eval ["):
             break

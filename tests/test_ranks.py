@@ -124,7 +124,7 @@ def wait_for(process, beginning):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_rank_outlives_the_first(job, trained, number):
     artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
-    process = job(wait=False, LOAD_ARTIFACT=artifact, VAL_TOKENS="0", **CORES)
+    process = job(wait=False, LOAD_ARTIFACT=artifact, VAL_TOKENS="0", EVAL_STRIDE="2", **CORES)
     wait_for(process, "eval [")
     (other,) = children(process)
     process.send_signal(number)
@@ -194,8 +194,6 @@ def test_a_machine_without_a_compiler_says_so_and_goes_on(job, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "compiled (COMPILE): training" in done.stdout
     assert "not compiled, for not every rank can: InvalidCxxCompiler" in done.stdout
-    asked = job(**LONG, **fresh, COMPILE="1")  # on one core, where nobody compiles unasked
-    assert asked.returncode == 1 and "InvalidCxxCompiler" in asked.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # One folder of compiled graphs for all runs of all workers, where PyTorch keeps its own.
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
 os.environ |= COMPILED
+# A shell's background jobs ignore Ctrl-C, and so would all runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("golf", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("golf")

@@ -5312,6 +5312,7 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if run.device.type == "cuda" else "none",
         "world_size": run.world_size,
+        "launcher": "itself" if CORES_VARIABLE in os.environ or run.world_size == 1 else "torchrun",
         "revision": revision(),
         "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "code_bytes": code_bytes(),

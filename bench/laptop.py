@@ -1,11 +1,11 @@
 """What does a laptop gain by its cores? Whole default runs in turn, one process against the choice.
 
-    python bench/laptop.py [--runs 3] [--cold] [--choices]
+    python bench/laptop.py [--runs 3] [--choices]
 
 "one" is one process of all threads without compilation, which the default was before it chose;
 "chosen" is what the program chooses by itself. Both train for the same seconds on the same text,
-into folders of their own. --cold: the chosen runs compile anew each time, as on the first day.
-Prints each run's steps, scores, audit and seconds by stage, then medians and their ratios.
+into a folder of this bench's, so that the first of the chosen runs compiles and the others find its
+graphs. Prints each run's steps, scores and seconds by stage, then medians and their ratios.
 
 --choices scores one artifact under every choice of processes and compilation, twice each, on
 32,768 targets, and compares scores and bits.
@@ -67,15 +67,12 @@ def show(name: str, figures: dict) -> None:
     print(f"{name:28} " + "  ".join(cells), flush=True)
 
 
-def compare(folder: Path, args) -> None:
+def compare(folder: Path, count: int) -> None:
     """Default runs in turn; medians and ratios."""
     found: dict[str, list[dict]] = {"one": [], "chosen": []}
-    for number in range(args.runs):
+    for number in range(count):
         for name, runs in found.items():
-            settings = ONE if name == "one" else {}
-            if name == "chosen" and args.cold:
-                settings = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cold{number}")}
-            figures = run(folder, f"{name}{number}", settings)
+            figures = run(folder, f"{name}{number}", ONE if name == "one" else {})
             if not number:
                 print(f"{name}: {figures['said']}")
             runs.append(figures)
@@ -105,14 +102,13 @@ def choices(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="of each")
-    parser.add_argument("--cold", action="store_true", help="compile anew in each chosen run")
     parser.add_argument("--choices", action="store_true", help="one artifact under every choice")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.choices:
             choices(Path(folder))
         else:
-            compare(Path(folder), args)
+            compare(Path(folder), args.runs)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,26 @@ def test_a_run_ends_with_its_final_line_and_files(trained):
     assert submission["verdict"] == verdict.removeprefix("verdict ")
 
 
+def test_a_run_says_what_it_will_do_and_how_long_it_takes(trained):
+    lines = trained.stdout.splitlines()
+    assert lines[0] == "golf at demo scale: data, training (6 steps), export, evaluation, audit"
+    (expected,) = trained.record["expected"]
+    assert expected.keys() == {"training_seconds", "evaluation_seconds", "audit_seconds"}
+    rows = trained.record["train"] + trained.record["eval"]
+    assert all(row["eta_seconds"] >= 0 for row in rows) and rows[-1]["eta_seconds"] == 0
+    decoded = [line for line in lines if line.startswith("audit decodable [")]
+    assert len(decoded) == golf.AUDIT_LINES - 1 and "[2/8] eta_seconds:" in decoded[0]
+
+
+def test_the_picture_has_the_network_by_stage(trained):
+    rows = {row["name"]: row["val_bpb"] for row in golf.scores_by_stage(trained.record)}
+    networks = {"neural, trained", "neural, shipped", "neural, sliding"}
+    scorings = {"calibrated", "backoff_exact", "backoff_hashed", "unigram, fitted"}
+    assert rows.keys() == networks | scorings and len({rows[name] for name in networks}) == 3
+    assert rows["neural, trained"] == trained.record["validation"][-1]["val_bpb"]
+    assert [*rows.values()] == sorted(rows.values(), reverse=True)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_warm_up_leaves_no_trace(job, trained):
     again = job(WARMUP_STEPS="0")
     assert again.final == trained.final

@@ -261,7 +261,8 @@ def test_only_what_is_not_a_default_is_in_the_command(runs, tmp_path):
     for path, seed in zip(runs, SCORES, strict=True):
         config = config_of(dict(SCALE="demo", SEED=str(seed), NUM_LAYERS="12", AUDIT="0"))
         change(path, **{f"config__{name}": value for name, value in config.items()})
-        change(path, config__audit="1" if seed == 2 else "0", facts__world_size=8)
+        change(path, config__audit="1" if seed == 2 else "0")
+        change(path, facts__world_size=8, facts__launcher="torchrun")
     summary(*runs, "--submission", tmp_path / "x.json")
     made = json.loads((tmp_path / "x.json").read_text())
     layers = {"NUM_LAYERS", "XSA_LAST_N", "VE_LAYERS"}
@@ -272,6 +273,11 @@ def test_only_what_is_not_a_default_is_in_the_command(runs, tmp_path):
         set_to, program = environment_of(command, tmp_path)
         assert set_to["SEED"] == str(seed) and set_to.get("AUDIT") == (None if seed == 2 else "0")
         assert program[0] == "torchrun" and "--nproc_per_node=8" in program
+    for path in runs:  # eight ranks that the run started itself
+        change(path, facts__launcher="itself")
+    summary(*runs, "--submission", tmp_path / "x.json", "--force")
+    for command in json.loads((tmp_path / "x.json").read_text())["commands"]:
+        assert command.endswith(" python train_gpt.py")
 
 
 def test_of_other_code_every_setting_is_told(runs, tmp_path):

@@ -381,9 +381,9 @@ def variables(run: dict) -> dict[str, str]:
 def commands(runs: list[dict], settings: list[dict[str, str]]) -> list[str]:
     """The shell's line that makes the runs again, with SEED=<seed>; one a run if more than the
     seed differs. settings: of each run, as variables() gives them."""
-    size = runs[0]["facts"]["world_size"]
+    size, launcher = (runs[0]["facts"].get(key) for key in ("world_size", "launcher"))
     program = "python train_gpt.py"
-    if size > 1:
+    if size > 1 and launcher != "itself":
         program = f"torchrun --standalone --nproc_per_node={size} --shutdown-timeout=600"
         program += " train_gpt.py"
 

@@ -202,11 +202,11 @@ def test_what_is_compiled_on_a_cpu(data, values, cores, expected):
 def test_graphs_are_kept_beside_the_text_where_commands_can_name_it(data, monkeypatch, tmp_path):
     """Inductor's commands fall apart at a space: its own folder then."""
     cfg, run, _ = data
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     for name, kept in (("my text", False), ("text", True)):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         own = golf.replace(cfg, compile="1", prepared_path=str(tmp_path / name))
         golf.compiled(lambda x: x, own, run)
-        assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == (
-            str(golf.kept_graphs(own)) if kept else None
-        )
+        # Inductor, once imported, may have named its own folder there.
+        chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        assert (chosen == str(golf.kept_graphs(own))) == kept
     assert str(golf.kept_graphs(own)).startswith(f"{tmp_path}/text/compiled_")

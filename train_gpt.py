@@ -2135,8 +2135,8 @@ def is_long_training(cfg: Config, run: Run) -> bool:
 
 def kept_graphs(cfg: Config) -> Path:
     """Folder of compiled graphs beside the text that was prepared, for processors like this one,
-    whose instructions they use."""
-    name = platform.processor()
+    whose instructions they use, as far as PyTorch may (ATEN_CPU_CAPABILITY)."""
+    name = platform.processor() + torch.backends.cpu.get_cpu_capability()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name += next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -134,7 +134,8 @@ def test_batches_and_ranks_do_not_change_a_score(data, tiny_model, run):
     assert torch.equal(torch.cat(parts), want)
 
 
-def test_threads_do_not_change_a_bit(data, tiny_model):
+def test_threads_change_scores_by_rounding_alone(data, tiny_model):
+    """With AVX-512 by nothing at all; MKL's AVX2 kernels add in another order."""
     cfg, run, corpus = data
     _, model = tiny_model()
     corpus = golf.Data(corpus.tokenizer, corpus.table, None, corpus.val[:513], corpus.corpus)
@@ -144,4 +145,5 @@ def test_threads_do_not_change_a_bit(data, tiny_model):
         torch.set_num_threads(count)
         threads.append(neural.columns())
     torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*threads, strict=True))
+    for one, two in zip(*threads, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-5)

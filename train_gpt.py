@@ -1505,11 +1505,12 @@ def python_documents() -> list[Document]:
     documents: list[Document] = []
     with contextlib.suppress(ImportError):  # minimal installations leave pydoc out
         documents += sorted(importlib.import_module("pydoc_data.topics").topics.items())
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if not SKIPPED_FOLDERS.intersection(name.parts):
-            documents.append((str(name), path.read_text("utf-8", errors="ignore")))
+    root, paths = sysconfig.get_paths()["stdlib"], []
+    for folder, folders, names in os.walk(root):
+        folders[:] = {*folders} - SKIPPED_FOLDERS  # not walked: site-packages can be large
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    for path in sorted(paths):
+        documents.append((str(path.relative_to(root)), path.read_text("utf-8", errors="ignore")))
     return [(name, text) for name, text in documents if text and SPACE not in text]
 
 
@@ -1632,9 +1633,10 @@ def shortened(names: list[str], most: int = 5) -> str:
 def prepare_text(cfg: Config, run: Run) -> Path:
     """Tokenizer and shards of the text, made once; the folder, named by the text's hash."""
     started = time.perf_counter()
-    documents, facts = python_documents(), {}
     if cfg.text_files:
         documents, facts = user_documents(cfg.text_files)
+    else:
+        documents, facts = python_documents(), {}
     made_of = repr((TEXT_FORMAT, cfg.vocab_size, documents))
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     folder = Path(cfg.prepared_path) / f"text_{digest[:16]}"

@@ -31,6 +31,7 @@ settings.load_profile("golf")
 # A network of seconds: every mechanism is there, the sizes are not.
 TINY = dict(
     SCALE="demo",
+    NUM_LAYERS="5",
     MODEL_DIM="32",
     NUM_HEADS="4",
     NUM_KV_HEADS="2",
@@ -54,10 +55,11 @@ TINY = dict(
     AUTHOR="a tester",
 )
 
-
+# As many blocks as the challenge's networks have, where what is tested lies between some of them.
+ALL_LAYERS = {"NUM_LAYERS": str(golf.Config.num_layers)}
 # The network of golf at full size, in place of the one that it shares with the submissions at demo
 # scale: loops, lanes, gates and their optimizer.
-FRONTIER = {name.upper(): str(getattr(golf.Config, name)) for name in golf.SHARED}
+FRONTIER = ALL_LAYERS | {name.upper(): str(getattr(golf.Config, name)) for name in golf.SHARED}
 # The same with fewer visits, for what is compiled.
 FEW_BLOCKS = FRONTIER | dict(
     NUM_LAYERS="3", LOOP_FIRST="1", LOOP_LAST="1", LOOP_PASSES="2", LANES_FROM="2"
@@ -157,7 +159,7 @@ def tiny_model():
     away from their starting zeros, so that each of them matters."""
 
     def make(**values):
-        cfg, _ = golf.load_config(TINY)
+        cfg, _ = golf.load_config(TINY | ALL_LAYERS)
         cfg = golf.replace(cfg, **values)
         golf.check_config(cfg)
         model = golf.GPT(cfg, golf.sdpa_attention).initialize(cfg.seed)

@@ -276,8 +276,8 @@ def test_the_header_names_what_is_not_plain(tiny_model):
 @pytest.mark.parametrize("compressor", ["ans", "zstd", "lzma"])
 def test_the_budget_is_filled(data, tiny_model, known, compressor):
     """Under the budget by little: as near as the few codes of a tiny model allow."""
-    cfg, run, corpus = data
-    cfg, model = golf.replace(cfg, matrix_bits=8, compressor=compressor), tiny_model()[1]
+    _, run, corpus = data
+    cfg, model = tiny_model(matrix_bits=8, compressor=compressor)
     senses = random_senses(model) if known else {}
     free = len(golf.export(model, senses, corpus, cfg, run))
     for share in (0.9, 0.7):
@@ -312,8 +312,9 @@ def test_many_zeros_do_not_mislead_the_search(data, tiny_model):
 
 def test_a_model_that_cannot_fit_is_the_smallest_there_is(data, tiny_model):
     """...and the budget line says by how much it is over."""
-    cfg, run, corpus = data
-    blob = golf.export(tiny_model()[1], {}, corpus, golf.replace(cfg, artifact_bytes=1), run)
+    _, run, corpus = data
+    cfg, model = tiny_model()
+    blob = golf.export(model, {}, corpus, golf.replace(cfg, artifact_bytes=1), run)
     _, tensors = golf.unpack(blob, cfg, corpus.corpus["vocabulary_sha256"])
     assert all(not t.codes.any() for t in tensors.values() if isinstance(t, golf.CodedTensor))
 

@@ -118,6 +118,8 @@ def train(name: str, seed: int, settings: dict[str, str], out: Path, data: Path)
     own = {"RUN_ID": f"{name}-{seed}", "SEED": str(seed), "LOGS_PATH": str(out)}
     if (out / f"{own['RUN_ID']}.json").exists():
         return f"{own['RUN_ID']}: kept"
+    for path in out.glob(f"{own['RUN_ID']}.*"):  # of a run that was killed
+        path.unlink()
     budget = {"ARTIFACT_BYTES": str(budget_bytes(data))}
     env = os.environ | PROXY | OLD | settings | shards(data) | budget | own
     env["OMP_NUM_THREADS"] = "1"

@@ -208,8 +208,8 @@ def test_gptq_lowers_the_error_of_outputs():
 @pytest.mark.slow
 def test_calibration_measures_gradients_and_inputs(data, tiny_model):
     """Against gradients of one sequence at a time and inputs that a hook sees."""
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     senses = golf.calibrate(model, corpus, cfg, run)
     params = {n: p for n, p in model.named_parameters() if n in golf.BANKS + golf.EMBEDDINGS}
     assert senses.keys() == params.keys() and model.grams is None
@@ -290,8 +290,8 @@ def test_the_budget_is_filled(data, tiny_model, known, compressor):
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
 def test_bits_of_ans_are_an_average(data, tiny_model, bits):
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     wide = golf.replace(cfg, matrix_bits=bits, embed_bits=bits)
     blob = golf.export(model, random_senses(model), corpus, wide, run)
     cells = sum(p.numel() for n, p in model.named_parameters() if golf.code_limit(n, cfg))
@@ -300,8 +300,8 @@ def test_bits_of_ans_are_an_average(data, tiny_model, bits):
 
 def test_many_zeros_do_not_mislead_the_search(data, tiny_model):
     """Embeddings that no text has touched are zero, and cost next to nothing."""
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     with torch.no_grad():
         for name in ("bigram_emb", "value_emb", "tok_emb", "mlp_up_bank"):
             golf.matrices(getattr(model, name))[:, 3:] = 0
@@ -522,8 +522,8 @@ def test_a_header_of_a_monster_is_refused_before_memory_is_taken(data):
 @pytest.mark.slow
 def test_a_calibration_out_of_time_leaves_gptq_out(data, tiny_model, monkeypatch):
     """The time kept for it is never exceeded by more than the longest factor so far."""
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     capped = golf.replace(cfg, max_wallclock_seconds=1.0)
     factor = golf.gptq_factor
 

@@ -1,6 +1,7 @@
 """bench/ingredients.py: its arms are what they are called, and its table what the records say."""
 
 import json
+import types
 
 import pytest
 
@@ -32,6 +33,23 @@ def test_the_budget_binds_by_the_widest_arm(tmp_path):
     size = ingredients.budget_bytes(tmp_path) - golf.code_bytes()
     model = golf.GPT(config(ingredients.INGREDIENTS["mlp4"]), None)
     assert 8 * size == pytest.approx(3.9 * sum(p.numel() for p in model.parameters()), abs=8)
+
+
+def test_a_run_that_was_killed_is_made_again_under_its_name(tmp_path, monkeypatch):
+    """Its files would give the new run's another one; a finished run stays."""
+    (tmp_path / "old-1.txt").write_text("step 3 of 1200")
+    (tmp_path / "old-13.txt").write_text("another")
+    started = []
+
+    def run(command, env, **_):
+        started.append((env["RUN_ID"], sorted(path.name for path in tmp_path.iterdir())))
+        (tmp_path / f"{env['RUN_ID']}.json").write_text("{}")
+        return types.SimpleNamespace(stdout=b"", stderr=b"final")
+
+    monkeypatch.setattr(ingredients.subprocess, "run", run)
+    assert ingredients.train("old", 1, {}, tmp_path, tmp_path) == "old-1: final"
+    assert ingredients.train("old", 1, {}, tmp_path, tmp_path) == "old-1: kept"
+    assert started == [("old-1", ["old-13.txt"])]
 
 
 def test_the_table_is_of_the_seeds_that_both_have(tmp_path, capsys):

@@ -28,8 +28,8 @@ def test_an_artifact_goes_on_from_a_prompt(job, trained):
 @pytest.mark.parametrize("scoring", ["neural", "calibrated"])
 def test_tokens_are_drawn_from_the_scored_distribution(data, tiny_model, scoring):
     """Their mean log-probability is, on average, minus the entropy of what they are drawn from."""
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     own = golf.replace(cfg, scoring=scoring, eval_batch_windows=1, eval_stride=8)
     history, surprises = corpus.val[: 1 + 64 + 8], []
     for seed in range(30):

@@ -74,8 +74,8 @@ def test_sheets_hold_any_windows_in_their_own_rows(count, stride, batch, more):
 
 
 def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
     hints = torch.randint(0, cfg.vocab_size, (len(corpus.val) - 1,))
     got = neural.columns(hints)
@@ -103,8 +103,8 @@ def test_log1m_of_a_hint_that_is_nearly_certain():
 
 
 def test_the_distribution_at_a_target_is_the_one_that_was_scored(data, tiny_model):
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
     columns = golf.NeuralColumns(*neural.columns().unbind(1))
     found = neural.distributions([0, 1, 63, 64, 79, 80, 1000, len(corpus.val) - 2])
@@ -136,8 +136,8 @@ def test_batches_and_ranks_do_not_change_a_score(data, tiny_model, run):
 
 def test_threads_change_scores_by_rounding_alone(data, tiny_model):
     """With AVX-512 by nothing at all; MKL's AVX2 kernels add in another order."""
-    cfg, run, corpus = data
-    _, model = tiny_model()
+    _, run, corpus = data
+    cfg, model = tiny_model()
     corpus = golf.Data(corpus.tokenizer, corpus.table, None, corpus.val[:513], corpus.corpus)
     neural, threads = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride), []
     before = torch.get_num_threads()

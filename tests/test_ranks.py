@@ -58,10 +58,11 @@ def test_one_rank_where_more_would_change_something(unlaunched, monkeypatch):
 def test_memory_and_cores_are_the_machines_or_the_containers(monkeypatch):
     files = {}
     monkeypatch.setattr(golf, "cgroup_numbers", lambda name: files.get(name, []))
-    threads = golf.torch.get_num_threads()
-    assert 2**28 < golf.memory_bytes() < 2**60 and golf.count_cores() == threads
-    files |= {"memory.max": [2.0**28], "cpu.max": [150_000.0, 100_000.0]}
-    assert golf.memory_bytes() == 2**28 and golf.count_cores() == 1
+    monkeypatch.setattr(golf.torch, "get_num_threads", lambda: 8)
+    assert 2**28 < golf.memory_bytes() < 2**60 and golf.count_cores() == 8
+    for share, cores in ((0.5, 1), (2.5, 2), (16.0, 8)):
+        files |= {"memory.max": [2.0**28], "cpu.max": [share * 100_000, 100_000.0]}
+        assert golf.memory_bytes() == 2**28 and golf.count_cores() == cores
     files.clear()
     monkeypatch.delattr(os, "sysconf")
     assert golf.memory_bytes() == float("inf")

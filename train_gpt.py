@@ -57,6 +57,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -816,6 +817,10 @@ FORMATS = {
 }
 MOST_OWN_RANKS = 8  # of a challenge's machine; more were not tried
 RANK_BYTES = 2**31  # of memory for each of them; a default run's have 0.9e9
+TARGET_BYTES = 140  # and for each target of the text: 7.97 GiB for 62 M (bench/ngram_counts.py)
+START_SECONDS = 300.0  # for all ranks to meet: PyTorch's first import from a slow disk
+LOOPBACK_SECONDS = 20.0  # for a process to reach itself
+DEAF_SECONDS = 5.0  # for a second Ctrl-C to be heard by the program itself
 CORES_VARIABLE = "OWN_RANKS_CORES"  # tells them how many cores the first one found
 
 ROLL_CALL_SECONDS = 3.0  # to answer; torchrun leaves a rank 30 s when another has died
@@ -857,18 +862,18 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cgroup_numbers(name: str) -> list[float]:
-    """The numbers in a file of this container's limits; none without it, or without a limit."""
-    try:
-        words = Path("/sys/fs/cgroup", name).read_text().split()
-    except OSError:  # no Linux, or the cgroups of before 2016
-        return []
+def cgroup_numbers(*names: str) -> list[float]:
+    """The numbers in files of this container's limits; none without them, or without a limit."""
+    words: list[str] = []
+    for name in names:
+        with contextlib.suppress(OSError):  # no Linux, or cgroups of another version
+            words += Path("/sys/fs/cgroup", name).read_text().split()
     return [float(word) for word in words if word.isdigit()]
 
 
 def memory_bytes() -> float:
     """Of this machine or container; infinite where nobody tells."""
-    limits = cgroup_numbers("memory.max")
+    limits = cgroup_numbers("memory.max", "memory/memory.limit_in_bytes")
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits, default=math.inf)
@@ -877,27 +882,43 @@ def memory_bytes() -> float:
 def count_cores() -> int:
     """Those that PyTorch would use, so that OMP_NUM_THREADS counts, within this container's share
     of time."""
-    quota = cgroup_numbers("cpu.max")  # microseconds of each period
+    # Microseconds of each period; in the first version of cgroups in two files, -1 without a limit.
+    quota = cgroup_numbers("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
     share = quota[0] / quota[1] if len(quota) == 2 else math.inf
     return max(1, int(min(torch.get_num_threads(), share)))
+
+
+def is_file_run() -> bool:
+    """Whether this process's command is `python FILE`, which the same command starts again: not a
+    notebook, a debugger (-m), or a program from standard input."""
+    file = getattr(importlib.import_module("__main__"), "__file__", None)
+    arguments = sys.orig_argv[1:]
+    return (
+        bool(file)
+        and "-m" not in arguments
+        and os.path.abspath(file) in map(os.path.abspath, arguments)
+    )
 
 
 def own_ranks(cfg: Config, cores: int) -> int:
     """How many ranks a run that torchrun did not launch has: on a CPU as many as divide a step's
     sequences, have a core each and fit into memory. One where their number changes the score, at
-    full size, whose memory nobody knows before, and where the program has no file to be started
-    from again. RunError if RANKS does not divide a step."""
+    full size or of whole shards, whose memory nobody knows before, and where the program cannot be
+    started again. RunError if RANKS does not divide a step."""
     cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    typed = len(sys.orig_argv) < 2 or "-" in sys.orig_argv
-    if "RANK" in os.environ or cuda or typed or sys.platform == "win32":  # no libuv store there
+    if "RANK" in os.environ or cuda or sys.platform == "win32":  # no libuv store there
+        return 1
+    if not is_file_run():
         return 1
     if cfg.ranks:
         if not cfg.load_artifact:
             fit_micro_batch(cfg, cfg.ranks)
         return cfg.ranks
-    if cfg.scale == "full" or cfg.sample or cfg.ngram_history == "cold":
+    unknown = cfg.scale == "full" or not (cfg.val_tokens or is_of_text(cfg))
+    if unknown or cfg.sample or cfg.ngram_history == "cold":
         return 1
-    most = int(min(MOST_OWN_RANKS, cores, max(1, memory_bytes() // RANK_BYTES)))
+    fit = memory_bytes() // (RANK_BYTES + TARGET_BYTES * (cfg.val_tokens or VAL_MOST_BYTES))
+    most = int(min(MOST_OWN_RANKS, cores, max(1, fit)))
     sequences = cfg.train_batch_tokens // cfg.train_seq_len
     return max(n for n in range(1, most + 1) if sequences % n == 0)
 
@@ -922,24 +943,26 @@ class Launcher:
         self.count = own_ranks(cfg, self.cores)
         self.others: list[subprocess.Popen] = []
         self.joined = False
-        if CORES_VARIABLE in os.environ:
+        if CORES_VARIABLE in os.environ and os.environ.get("RANK", "0") != "0":
             threading.Thread(target=end_with_the_first, daemon=True).start()
 
     def start(self) -> None:
-        """Start the others, if there are any; this process is rank 0 from here on."""
+        """Take this rank's share of the cores, and start the others, if there are any; this process
+        is rank 0 from here on. RunError where processes cannot meet."""
+        if "RANK" in os.environ:
+            return
+        own_threads = max(1, self.cores // self.count)
+        if own_threads < torch.get_num_threads():
+            torch.set_num_threads(own_threads)
         if self.count == 1:
             return
-        listener = socket.create_server(("127.0.0.1", 0))  # for nobody outside of this machine
-        port, own_threads = listener.getsockname()[1], max(1, self.cores // self.count)
-        self.store = dist.TCPStore(
-            "127.0.0.1",
-            port,
-            self.count,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        torch.set_num_threads(own_threads)
+        try:
+            port = self.make_store()
+        except (OSError, RuntimeError) as error:
+            raise RunError(
+                f"no connection from this machine to itself for {self.count} ranks, set RANKS=1: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
@@ -958,15 +981,48 @@ class Launcher:
             )
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
         threading.Thread(target=self.watch, daemon=True).start()
+        signals, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno())
+        threading.Thread(target=self.heed_the_second, args=(signals,), daemon=True).start()
+
+    def make_store(self) -> int:
+        """Make the store in which ranks find each other; its port."""
+        listener = socket.create_server(("127.0.0.1", 0))  # for nobody outside of this machine
+        port = listener.getsockname()[1]
+        self.store = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            self.count,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=LOOPBACK_SECONDS),
+            master_listen_fd=listener.detach(),
+        )
+        return port
+
+    def fail(self, reason: str) -> None:
+        """End the run at once, from a thread."""
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        self.end()
+        os._exit(2)
 
     def watch(self) -> None:
-        """End the run if another rank has ended before all have met."""
+        """End the run if another rank has ended before all have met, or they do not meet."""
+        late = time.monotonic() + START_SECONDS
         while not self.joined:
-            if any(process.poll() is not None for process in self.others):
-                print("error: another rank did not start; RANKS=1 needs none", file=sys.stderr)
-                self.end()
-                os._exit(2)
+            ended = any(process.poll() is not None for process in self.others)
+            if (ended or time.monotonic() > late) and not self.joined:
+                self.fail("another rank did not start; RANKS=1 needs none")
             time.sleep(0.1)
+
+    def heed_the_second(self, signals: socket.socket) -> None:
+        """End the run some time after the second signal, if that has not: while this rank waits for
+        one that hangs, Python's own handlers do not run."""
+        signals.recv(1)
+        signals.recv(1)
+        time.sleep(DEAF_SECONDS)
+        self.fail("interrupted while it waited for another rank")
 
     def end(self) -> None:
         """End the others: this rank has said all there is to say."""
@@ -986,7 +1042,7 @@ class Run:
     """This process's place in the run.
 
     rank, world_size, is_main: of this process; is_main: it is rank 0. device: where it computes.
-    cores: of all ranks that it shares a machine with. stage: what is being done, for error
+    cores: of all ranks of a Launcher; else this rank's. stage: what is being done, for error
     messages. base: path of the run's files without suffix, "" until open_log; pending: lines that
     are not in the log's file yet. speaks: whether it logs.
     attention: name and function of the back end, once choose_attention has found it.
@@ -1032,10 +1088,16 @@ class Run:
         if self.world_size == 1:
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         back_end = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        # A rank of a Launcher that dies closes its connections, and none of them is far away.
-        seconds = 1e6 if CORES_VARIABLE in os.environ else cfg.dist_timeout_seconds
-        timeout = timedelta(seconds=seconds)
-        dist.init_process_group(back_end, timeout=timeout, **alone)
+        seconds = cfg.dist_timeout_seconds
+        if CORES_VARIABLE in os.environ and seconds == Config.dist_timeout_seconds:
+            # A rank of a Launcher that dies closes its connections; a slow one is no failure.
+            seconds = 1e6
+        try:
+            dist.init_process_group(back_end, timeout=timedelta(seconds=seconds), **alone)
+        except RuntimeError as error:
+            raise RunError(
+                f"{self.world_size} ranks cannot meet: {str(error).splitlines()[0]}"
+            ) from None
 
     def take_name(self, cfg: Config) -> str:
         """The path without suffix of the first free run name, whose log exists from here on; of
@@ -1105,15 +1167,20 @@ class Run:
             result = work()
         except Exception as error:  # of any kind: the others wait for this rank's word
             own, message = error, str(error) or type(error).__name__
-        messages = [message]
-        if self.world_size > 1:
-            messages = [None] * self.world_size
-            dist.all_gather_object(messages, message)
+        messages = self.everyones(message)
         if own:
             raise own
         for found in filter(None, messages):
             raise RunError(found)
         return result
+
+    def everyones(self, value: Any) -> list:
+        """A small object of every rank."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
 
     def on_main(self, work: Callable[[], Any]):
         """Rank 0's work(), sent to all; its error is raised on all."""
@@ -1391,10 +1458,15 @@ def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePiecePro
     return tokenizer
 
 
+def is_of_text(cfg: Config) -> bool:
+    """Whether a run's shards are made of text."""
+    nothing_given = cfg.data_path == Config.data_path and not find_shards(cfg.data_path, "val")
+    return bool(cfg.text_files) or (cfg.scale == "demo" and nothing_given)
+
+
 def locate_data(cfg: Config, run: Run) -> DataSource:
     """The shards at DATA_PATH, or made of TEXT_FILES or, at demo scale, of Python's own text."""
-    nothing_given = cfg.data_path == Config.data_path and not find_shards(cfg.data_path, "val")
-    if cfg.text_files or (cfg.scale == "demo" and nothing_given):
+    if is_of_text(cfg):
         folder = prepare_text(cfg, run)
         facts = json.loads((folder / "corpus.json").read_text("utf-8"))
         return DataSource(str(folder), str(folder / "tokenizer.model"), facts)
@@ -2158,8 +2230,10 @@ def compiled(
     if not compiles(cfg, run, pays):
         return function
     folder = str(kept_graphs(cfg))
-    if not re.search(r"\s", folder):  # Inductor's commands would fall apart
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+    with contextlib.suppress(ValueError):  # no closing quotation
+        # Inductor's commands are taken apart as a shell does it.
+        if shlex.split(folder) == [folder]:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
     options = COMPILE_OPTIONS | (options or {})
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
@@ -2520,9 +2594,9 @@ class Trainer:
                 if self.cfg.compile == "1":
                     raise
                 reason = str(error).strip().splitlines()[0]
-            (failures,) = self.run.of_ranks(float(bool(reason)))
-            if any(failures):
-                self.run.log(f"not compiled, for not every rank can: {reason}")
+            reasons = [*filter(None, self.run.everyones(reason))]
+            if reasons:
+                self.run.log(f"not compiled, for not every rank can: {reasons[0]}")
                 self.forward = self.model
                 self.model.zero_grad(set_to_none=True)
                 self.gradients(looping)
@@ -5314,7 +5388,7 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if run.device.type == "cuda" else "none",
         "world_size": run.world_size,
-        "launcher": "itself" if CORES_VARIABLE in os.environ or run.world_size == 1 else "torchrun",
+        "launcher": launched_by(run),
         "revision": revision(),
         "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "code_bytes": code_bytes(),
@@ -5723,6 +5797,11 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     return evaluate_artifact(blob, data, cfg, run)
 
 
+def launched_by(run: Run) -> str:
+    """Who started this run's ranks."""
+    return "itself" if CORES_VARIABLE in os.environ or run.world_size == 1 else "torchrun"
+
+
 def what_it_does(cfg: Config) -> str:
     """The log's first line: the stages that this run has."""
     if cfg.load_artifact:
@@ -5743,7 +5822,9 @@ def how_it_computes(cfg: Config, run: Run) -> str:
     own = torch.get_num_threads()
     ranks = f"{run.world_size} x {run.device.type}"
     if run.device.type == "cpu":
-        ranks = f"RANKS={run.world_size}, {own} threads each, on {run.cores} cores"
+        ranks = f"{run.world_size} ranks of {launched_by(run)}, {own} threads each"
+        if launched_by(run) == "itself":
+            ranks = f"RANKS={run.world_size}, {own} threads each, on {run.cores} cores"
     trains = not (cfg.load_artifact or cfg.load_weights)
     graphs = ["training"] * (trains and compiles(cfg, run, is_long_training(cfg, run)))
     graphs += ["evaluation"] * compiles(cfg, run)

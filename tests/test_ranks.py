@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,6 +18,7 @@ CORES = {"OMP_NUM_THREADS": "2"}
 def unlaunched(monkeypatch):
     """A process that torchrun has not launched."""
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(golf, "is_file_run", lambda: True)
 
 
 def ranks(cores=8, **values):
@@ -25,15 +27,19 @@ def ranks(cores=8, **values):
 
 
 @pytest.mark.parametrize(
-    "cores, gigabytes, expected",
-    [(1, 64, 1), (2, 64, 2), (3, 64, 2), (6, 64, 4), (16, 64, 8), (16, 4, 2), (2, 1, 1)],
+    "cores, gigabytes, targets, expected",
+    [
+        *((1, 64, 1, 1), (2, 64, 1, 2), (3, 64, 1, 2), (6, 64, 1, 4), (16, 64, 1, 8)),
+        *((16, 4.1, 1, 2), (2, 1, 1, 1)),
+        *((8, 24, 10**7, 4), (8, 24, 62 * 10**6, 2), (8, 8, 62 * 10**6, 1), (8, 24, 0, 4)),
+    ],
 )
 def test_a_rank_a_core_that_divides_a_step_and_fits_into_memory(
-    unlaunched, monkeypatch, cores, gigabytes, expected
+    unlaunched, monkeypatch, cores, gigabytes, targets, expected
 ):
-    """A step of the demo has 16 sequences."""
+    """A step of the demo has 16 sequences; every rank holds the whole text."""
     monkeypatch.setattr(golf, "memory_bytes", lambda: gigabytes * 2**30)
-    assert ranks(cores) == expected
+    assert ranks(cores, val_tokens=targets) == expected
 
 
 def test_one_rank_where_more_would_change_something(unlaunched, monkeypatch):
@@ -44,36 +50,85 @@ def test_one_rank_where_more_would_change_something(unlaunched, monkeypatch):
     with pytest.raises(golf.RunError, match="do not divide among 3 ranks"):
         ranks(ranks=3)
     assert ranks(ranks=3, load_artifact="x") == 3
-    for command in (["python"], ["python", "-"]):  # a program typed in cannot be started again
-        monkeypatch.setattr(sys, "orig_argv", command)
+    assert ranks(data_path="shards", val_tokens=0) == 1  # as long as they are
+    with monkeypatch.context() as changed:
+        changed.setattr(golf, "is_file_run", lambda: False)
+        assert ranks() == 1 and ranks(ranks=4) == 1
+    with monkeypatch.context() as changed:
+        changed.setattr(sys, "platform", "win32")
         assert ranks() == 1
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert ranks() == 1
-    monkeypatch.undo()
+    assert ranks() > 1
     monkeypatch.setenv("RANK", "0")
     assert ranks() == 1 and ranks(ranks=4) == 1  # torchrun's are what was asked for
 
 
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        (["a.py"], True),
+        (["-u", "./a.py", "x"], True),
+        (["-m", "a"], False),
+        (["-m", "pdb", "a.py"], False),  # whose ranks would wait for commands
+        (["-c", "exec(open('a.py').read())"], False),
+        (["-u"], False),
+    ],
+)
+def test_only_a_program_in_a_file_is_started_again(tmp_path, command, expected):
+    (tmp_path / "a.py").write_text("import train_gpt\nprint('is', train_gpt.is_file_run())\n")
+    path = os.pathsep.join([os.path.dirname(golf.__file__), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        input="c\n" if "pdb" in command else (tmp_path / "a.py").read_text(),
+        text=True,
+        capture_output=True,
+    )
+    assert f"is {expected}" in done.stdout, done.stderr
+
+
 def test_memory_and_cores_are_the_machines_or_the_containers(monkeypatch):
     files = {}
-    monkeypatch.setattr(golf, "cgroup_numbers", lambda name: files.get(name, []))
+
+    def numbers(*names):
+        return [number for name in names for number in files.get(name, [])]
+
+    monkeypatch.setattr(golf, "cgroup_numbers", numbers)
     monkeypatch.setattr(golf.torch, "get_num_threads", lambda: 8)
     assert 2**28 < golf.memory_bytes() < 2**60 and golf.count_cores() == 8
     for share, cores in ((0.5, 1), (2.5, 2), (16.0, 8)):
         files |= {"memory.max": [2.0**28], "cpu.max": [share * 100_000, 100_000.0]}
         assert golf.memory_bytes() == 2**28 and golf.count_cores() == cores
     files.clear()
+    files |= {"cpu/cpu.cfs_quota_us": [300_000.0], "cpu/cpu.cfs_period_us": [100_000.0]}
+    files |= {"memory/memory.limit_in_bytes": [2.0**29]}
+    assert golf.memory_bytes() == 2**29 and golf.count_cores() == 3
+    files |= {"cpu/cpu.cfs_quota_us": [], "memory/memory.limit_in_bytes": [2.0**63]}
+    assert golf.count_cores() == 8 and golf.memory_bytes() < 2**60
+    files.clear()
     monkeypatch.delattr(os, "sysconf")
     assert golf.memory_bytes() == float("inf")
 
 
 @pytest.mark.parametrize(
-    "text, expected", [("max\n", []), ("max 100000\n", [1e5]), ("200000 100000\n", [2e5, 1e5])]
+    "text, expected",
+    [
+        ("max\n", []),
+        ("max 100000\n", [1e5]),
+        ("200000 100000\n", [2e5, 1e5]),
+        ("-1\n", []),
+        (None, []),
+    ],
 )
 def test_a_containers_limits_are_read(monkeypatch, text, expected):
-    monkeypatch.setattr(golf.Path, "read_text", lambda path: text)
+    def read_text(path):
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(golf.Path, "read_text", read_text)
     assert golf.cgroup_numbers("cpu.max") == expected
+    assert golf.cgroup_numbers("a", "b") == 2 * expected
 
 
 def test_two_ranks_of_its_own_score_as_one(job, trained):
@@ -131,29 +186,75 @@ def test_ctrl_c_ends_the_training_of_all_ranks_and_is_scored(job):
     assert "stop requested" in out and "verdict NOT AUDITED" in out
 
 
-ABSENT_RANK = """
-import os, sys
+MISSING_RANK = """
+import os, time
 if os.environ.get("RANK") == "1":
-    os._exit(7)
+    {happens}
 import train_gpt as golf
+golf.START_SECONDS = 2.0
+os._exit(golf.main())
+"""
+HANGING_RANK = """
+import os, time
+import train_gpt as golf
+golf.DEAF_SECONDS = 0.5
+take_step = golf.Trainer.take_step
+def hang(trainer):
+    if trainer.steps == 2 and trainer.run.rank == 1:
+        time.sleep(1000)
+    take_step(trainer)
+golf.Trainer.take_step = hang
 os._exit(golf.main())
 """
 
 
+@pytest.fixture
+def program(workplace, tmp_path):
+    """program(text, **variables) -> the process of a program on two ranks of its own."""
+
+    def start(text, **variables):
+        (tmp_path / "program.py").write_text(text)
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(golf.__file__)}
+        return subprocess.Popen(
+            [sys.executable, str(tmp_path / "program.py")],
+            cwd=workplace[0],
+            env=env | workplace[1] | CORES | dict(LOGS_PATH=str(tmp_path)) | variables,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
+
+
 @pytest.mark.slow
-def test_a_rank_that_does_not_start_is_told_at_once(workplace, tmp_path):
-    (tmp_path / "absent.py").write_text(ABSENT_RANK)
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.path.dirname(golf.__file__)}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "absent.py")],
-        cwd=workplace[0],
-        env=env | workplace[1] | CORES | dict(LOGS_PATH=str(tmp_path)),
-        text=True,
-        capture_output=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: another rank did not start; RANKS=1 needs none\n"
+@pytest.mark.parametrize("happens", ["os._exit(7)", "time.sleep(1000)"])
+def test_a_rank_that_does_not_start_is_told(program, happens):
+    process = program(MISSING_RANK.format(happens=happens))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == "error: another rank did not start; RANKS=1 needs none\n"
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_that_waits_for_a_rank(program):
+    """The first rank waits in a collective, where no handler of Python's is called."""
+    process = program(HANGING_RANK, TRAIN_LOG_EVERY="1")
+    wait_for(process, "step:2/")
+    time.sleep(1.0)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert err == "error: interrupted while it waited for another rank\n"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_as_long_as_was_asked(program):
+    process = program(HANGING_RANK, DIST_TIMEOUT_SECONDS="10")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "rank 1" in err.splitlines()[0], err
 
 
 def test_an_error_is_told_once(job):
@@ -201,9 +302,9 @@ def test_what_is_compiled_on_a_cpu(data, values, cores, expected):
 
 
 def test_graphs_are_kept_beside_the_text_where_commands_can_name_it(data, monkeypatch, tmp_path):
-    """Inductor's commands fall apart at a space: its own folder then."""
+    """Inductor's commands fall apart at spaces and quotes: its own folder then."""
     cfg, run, _ = data
-    for name, kept in (("my text", False), ("text", True)):
+    for name, kept in (("my text", False), ("Tim's", False), ("text", True)):
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         own = golf.replace(cfg, compile="1", prepared_path=str(tmp_path / name))
         golf.compiled(lambda x: x, own, run)

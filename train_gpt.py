@@ -2569,6 +2569,21 @@ class Trainer:
         """Whether blocks are visited repeatedly, after this part of the training."""
         return self.cfg.loop_passes == 1 or progress >= self.cfg.loop_from
 
+    def trained_config(self) -> Config:
+        """The settings of the network that was trained: without a loop that was never on."""
+        return self.cfg if self.looping(self.last_progress) else replace(self.cfg, loop_passes=1)
+
+    def leave_out_an_unused_loop(self) -> None:
+        """After a training that ended before its loop was switched on, the network is the one
+        without: its first rows of skips are the ones that were used."""
+        cfg = self.trained_config()
+        if cfg is self.cfg:
+            return
+        self.run.log(f"training ended before LOOP_FROM={cfg.loop_from}: a network of LOOP_PASSES=1")
+        self.cfg = self.model.cfg = cfg
+        rows = len(block_visits(cfg, looping=True)) // 2
+        self.model.skip_weights = nn.Parameter(self.model.skip_weights.detach()[:rows].clone())
+
     def gradients(self, looping: bool) -> Tensor:
         """Accumulate this rank's gradient of the next batch; its mean loss () in nats per token."""
         inputs, targets = (x.split(self.micro_batch) for x in self.loader.next_batch())
@@ -2692,6 +2707,7 @@ class Trainer:
                     "interrupted", ended + (TORCHRUN_KILLS if launched else again), steps=self.steps
                 )
         self.average.apply()
+        self.leave_out_an_unused_loop()
         self.run.row(
             "trained",
             steps=self.steps,
@@ -2764,7 +2780,9 @@ class Trainer:
 
     def validate(self) -> None:
         """Validation loss of the present weights on windows that do not overlap."""
-        self.log_step("validation", **neural_score(self.model, self.data, self.cfg, self.run))
+        self.model.cfg = self.trained_config()
+        self.log_step("validation", **neural_score(self.model, self.data, self.model.cfg, self.run))
+        self.model.cfg = self.cfg
 
     def log_step(self, kind: str, **values) -> None:
         """A line that begins with step:done/most."""
@@ -5724,6 +5742,7 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
         trainer = Trainer(model, data, cfg, run)
         run.open_log(cfg)
         trainer.train()
+        cfg = trainer.cfg
         if run.is_main:
             named = model.named_parameters()
             run.save(".safetensors", {n: p.detach().cpu().contiguous() for n, p in named})

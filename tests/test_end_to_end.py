@@ -273,6 +273,19 @@ def test_sigterm_ends_training_and_still_scores(job, tmp_path):
     assert "step:80/80" in done.stdout and "INTERRUPTED" not in done.stdout
 
 
+def test_a_loop_that_was_never_on_is_no_part_of_the_network(job):
+    """Validated, exported and scored as the network of LOOP_PASSES=1, which it is, bit for bit."""
+    off = dict(FRONTIER, LOOP_FROM="0.9", ITERATIONS="4", VAL_LOSS_EVERY="2", NGRAM_ENABLED="0")
+    done, plain = job(**off), job(**off | dict(LOOP_PASSES="1"))
+    assert done.returncode == 0, done.stderr
+    assert "training ended before LOOP_FROM=0.9: a network of LOOP_PASSES=1" in done.stdout
+    names = ("validation", "result")
+    bpb = [[row["val_bpb"] for n in names for row in d.record[n]] for d in (done, plain)]
+    assert bpb[0] == bpb[1] and len(bpb[0]) >= 4
+    artifacts = [(d.logs / "golf-demo-1337.int6.ptz").read_bytes() for d in (done, plain)]
+    assert artifacts[0] == artifacts[1]
+
+
 def test_an_existing_runs_files_stay(job, trained, tmp_path):
     """A second run of the same name takes the next free one."""
     artifact = str(trained.logs / "golf-demo-1337.int6.ptz")

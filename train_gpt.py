@@ -443,7 +443,6 @@ SMOKE: dict[str, Any] = {
     "eval_seq_len": 128,
     "train_batch_tokens": 2048,
     "max_wallclock_seconds": 10.0,
-    "warmup_steps": 1,
     "val_tokens": 32768,
 }
 
@@ -565,6 +564,7 @@ FAMILIAR = {
     "D_MODEL": "MODEL_DIM",
     "HIDDEN_SIZE": "MODEL_DIM",
     "N_HEAD": "NUM_HEADS",
+    "N_HEADS": "NUM_HEADS",
     "BATCH_SIZE": "TRAIN_BATCH_TOKENS, in tokens",
     "BLOCK_SIZE": "TRAIN_SEQ_LEN",
     "SEQ_LEN": "TRAIN_SEQ_LEN and EVAL_SEQ_LEN",
@@ -572,6 +572,7 @@ FAMILIAR = {
     "MAX_ITERS": "ITERATIONS",
     "NUM_STEPS": "ITERATIONS",
     "EPOCHS": "ITERATIONS, in steps",
+    "NUM_EPOCHS": "ITERATIONS, in steps",
 }
 # Names that other programs set: of theirs, those that look like ours; of ours, those they share.
 FOREIGN_VARIABLES = ("LOG_PATH",)
@@ -639,8 +640,8 @@ def check_name(variable: str) -> str:
     for pattern, reason in WITHOUT_EFFECT.items():
         if fnmatch.fnmatchcase(variable, pattern):
             return f"variable {variable} has no effect: {reason}"
-    if variable in FAMILIAR:
-        return f"variable {variable} has no effect: here it is {FAMILIAR[variable]}"
+    if variable.upper() in FAMILIAR:
+        return f"variable {variable} has no effect: here it is {FAMILIAR[variable.upper()]}"
     if variable.upper() in VARIABLES:
         return f"variable {variable} has no effect: names are in capitals, {variable.upper()}"
     if len(variable) < 8 or variable in FOREIGN_VARIABLES:
@@ -653,41 +654,80 @@ def check_name(variable: str) -> str:
 
 
 def read_environment(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """({setting: value} from the environment, log lines); RunError for a bad or mistyped one."""
+    """({setting: value} from the environment, log lines); RunError names all bad and mistyped."""
     values: dict[str, Any] = {}
-    notes = []
+    notes, wrong = [], []
     for variable in sorted(env.keys() & VARIABLES.keys()):
         name = VARIABLES[variable]
         try:
             value = parse_value(name, env[variable])
         except RunError as error:
-            if not is_foreign(variable, env[variable]):
-                raise
-            notes.append(f"variable {error}; ignored, as another program's")
+            if is_foreign(variable, env[variable]):
+                notes.append(f"variable {error}; ignored, as another program's")
+            else:
+                wrong.append(str(error))
             continue
         if values.setdefault(name, value) != value:
-            raise RunError(f"{variable}={value}: {name.upper()} is set to another value")
+            wrong.append(f"{variable}={value}: {name.upper()} is set to another value")
         if variable in ALIASES:
             notes.append(f"variable {variable} sets {name.upper()}")
-    notes += filter(None, map(check_name, sorted(env.keys() - VARIABLES.keys())))
-    return values, notes
+    for variable in sorted(env.keys() - VARIABLES.keys()):
+        try:
+            notes.append(check_name(variable))
+        except RunError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise RunError("; ".join(wrong))
+    return values, [*filter(None, notes)]
 
 
-def settings_of_artifact(path: Path) -> dict[str, Any]:
-    """Text, vocabulary and sizes of the run that made an artifact, from its record beside it; of
-    an artifact alone the size of its vocabulary; {} where neither can be read, which is told later.
-    """
+def text_of(value) -> str:
+    """What a variable is set to for a setting's value."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def record_of_artifact(path: Path) -> dict[str, Any]:
+    """The record of the run that made an artifact, from beside it; of an artifact alone the size of
+    its vocabulary; {} where neither can be read, which is told later. RunError without a file."""
+    if not path.is_file():
+        raise RunError(f"LOAD_ARTIFACT={path}: there is no such file")
     record = path.with_name(path.name.split(".int")[0] + ".json")
     try:
-        if not record.exists():
-            header = json.loads(open_artifact(path.read_bytes())[0])
-            return {"vocab_size": header["architecture"]["vocab_size"]}
-        made_by = json.loads(record.read_bytes())["config"]
+        if record.exists():
+            return json.loads(record.read_bytes())
+        header = json.loads(open_artifact(path.read_bytes())[0])
+        return {"config": {"vocab_size": header["architecture"]["vocab_size"]}}
     except (OSError, ValueError, KeyError, TypeError, RunError):
         return {}
+
+
+def settings_of_artifact(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """({text, vocabulary and sizes of the run that made an artifact, where not set: value}, log
+    lines)."""
     names = [f.name for f in fields(DataSettings)] + ["scale", "eval_seq_len"]
-    found = {name: made_by[name] for name in names if name in made_by}
-    return {name: parse_value(name, str(value)) for name, value in found.items()}
+    made_by = record_of_artifact(path).get("config", {})
+    found = {name: parse_value(name, text_of(made_by[name])) for name in names if name in made_by}
+    taken = {k: v for k, v in found.items() if k not in values and v != FIELDS[k].default}
+    if not taken:
+        return {}, []
+    told = " ".join(f"{name.upper()}={text_of(value)}" for name, value in taken.items())
+    return taken, [f"as the artifact's own run: {told}"]
+
+
+def unlike_artifact(cfg: Config) -> list[str]:
+    """A log line on what makes an artifact's score another one than its own run's."""
+    record = record_of_artifact(Path(cfg.load_artifact))
+    made_by = record.get("config", {})
+    names = ["recipe", "val_tokens", "eval_seq_len", "eval_stride", "scoring"]
+    names += [f.name for f in SECTIONS["Mixing"]]
+    others = [n for n in names if text_of(made_by.get(n)) != text_of(getattr(cfg, n))]
+    if not others or not record.get("final") or not {*names} <= {*made_by}:
+        return []
+    told = " ".join(f"{name.upper()}={text_of(made_by[name])}" for name in others)
+    bpb = record["final"][-1]["val_bpb"]
+    return [f"unlike the artifact's own run, of val_bpb:{bpb:.8f}, which had {told}"]
 
 
 def layers_that_follow(cfg: Config, num_layers: int) -> dict[str, Any]:
@@ -738,12 +778,8 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, list[str]]:
     scale are SHARED first."""
     values, notes = read_environment(env)
     if values.get("load_artifact"):
-        known = settings_of_artifact(Path(values["load_artifact"]))
-        taken = {k: v for k, v in known.items() if k not in values and v != FIELDS[k].default}
-        if taken:
-            told = " ".join(f"{name.upper()}={value}" for name, value in taken.items())
-            notes.append(f"as the artifact's own run: {told}")
-        values = taken | values
+        taken, told = settings_of_artifact(Path(values["load_artifact"]), values)
+        values, notes = taken | values, notes + told
     name = values.get("recipe", Config.recipe)
     if name not in RECIPES:
         raise RunError(f"RECIPE={name!r}: allowed are {', '.join(RECIPES)}")
@@ -757,8 +793,11 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, list[str]]:
         sizes |= layers_that_follow(recipe, values["num_layers"])
     cfg = replace(recipe, **(sizes | values | {"scale": scale}))
     if not cfg.run_id:
-        cfg = replace(cfg, run_id=f"{name}-{scale}-{cfg.seed}")
+        kind = "sample" if cfg.sample else "smoke" if cfg.smoke else scale
+        cfg = replace(cfg, run_id=f"{name}-{kind}-{cfg.seed}")
     check_config(cfg)
+    if cfg.load_artifact and not cfg.sample:
+        notes += unlike_artifact(cfg)
     return cfg, [f"scale {scale}: {reason}", *notes]
 
 
@@ -1715,7 +1754,9 @@ def prepare_text(cfg: Config, run: Run) -> Path:
     train, val = split_documents(documents)
     if facts:
         told = ", ".join(f"{count} {what}" for what, count in facts.items() if count)
-        run.log(f"text: {told}; held out for validation: {shortened([n for n, _ in val])}")
+        parts = "parts of " * (len(documents) < LEAST_DOCUMENTS)
+        names = shortened([name for name, _ in val])
+        run.log(f"text: {told}; held out for validation: {parts}{names}")
     if (folder / "corpus.json").exists():  # written last
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -2703,9 +2744,8 @@ class Trainer:
                 ended = f"stop requested: training ends after {self.steps} steps; RESUME=1 goes on"
                 again = "; Ctrl-C again ends the run at once"
                 launched = dist.is_torchelastic_launched()
-                self.run.row(
-                    "interrupted", ended + (TORCHRUN_KILLS if launched else again), steps=self.steps
-                )
+                self.run.record["interrupted"].append({"steps": self.steps})
+                self.run.log(ended + (TORCHRUN_KILLS if launched else again))
         self.average.apply()
         self.leave_out_an_unused_loop()
         self.run.row(
@@ -3568,7 +3608,10 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
     text, payload = open_artifact(blob)
     cfg, header = read_header(text, len(payload), cfg)
     if header["vocabulary"] != vocabulary:
-        raise RunError("artifact: made with another vocabulary than this tokenizer's")
+        raise RunError(
+            "artifact: made with another vocabulary than this tokenizer's; TEXT_FILES, or "
+            "DATA_PATH and TOKENIZER_PATH, must be those of its run, which its .json tells"
+        )
     table, compressor = tensor_table(cfg), COMPRESSORS[cfg.compressor]
     cubes = [entry.cube() for entry in table if entry.limit]
     sizes = [entry.plain_bytes() for entry in table]
@@ -5347,6 +5390,8 @@ def sample(model: GPT, data: Data, cfg: Config, run: Run) -> None:
             more = continue_tokens(model, tokens[-size:], own, run, random)
             tokens = torch.cat([tokens, more])
         text = data.tokenizer.decode(tokens[size - len(prompt) :].tolist())
+        # A control character can do anything to a terminal.
+        text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
         run.log(f"sample of the {'network' if scoring == 'neural' else 'mixer'}:\n{text}\n")
 
 
@@ -5417,7 +5462,10 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
         run.log(f"{kind} " + " ".join(f"{k}:{v}" for k, v in run.record[kind].items()))
     chosen = {"RECIPE": cfg.recipe, "SCALE": cfg.scale, "SMOKE": str(int(cfg.smoke))}
     usual = asdict(load_config(chosen)[0])
-    changed = [f"{k.upper()}={v}" for k, v in run.record["config"].items() if v != usual[k]]
+    config = run.record["config"].items()
+    changed = ["SMOKE=1"] * cfg.smoke + [
+        f"{k.upper()}={text_of(v)}" for k, v in config if v != usual[k]
+    ]
     told = " ".join(changed) or "nothing"
     run.log(
         f"changed from {cfg.recipe} at scale {cfg.scale}: {told} (every setting is in the .json)"
@@ -5707,10 +5755,12 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     run.record["matched_orders"] = [{"scoring": scoring} | facts for scoring, facts in matched]
     for line in score_table(evaluation):
         run.log(line)
-    for line in warnings_of(run.record):
+    run.record["warnings"] = [*warnings_of(run.record)]
+    for line in run.record["warnings"]:
         run.log(f"warning: {line}")
     verdict = verdict_of(run.record)
     run.record["verdict"] = [verdict]
+    run.record["verdict_line"] = verdict_line(verdict)
     picture = plot(run.record)
     if picture:
         run.save(".png", picture)

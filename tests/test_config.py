@@ -251,8 +251,9 @@ def test_golf_at_demo_scale_has_the_shared_trunk():
 @pytest.mark.parametrize("name, ours", [*golf.FAMILIAR.items(), ("num_layers", "NUM_LAYERS")])
 def test_familiar_names_of_other_programs_are_answered(name, ours):
     """...by a line that names ours; they may be meant for another program, and end no run."""
-    _, notes = golf.load_config({name: "6"})
-    (note,) = (note for note in notes if f"variable {name} " in note)
+    for variable in {name, name.lower()}:
+        _, notes = golf.load_config({variable: "6"})
+        (note,) = (note for note in notes if f"variable {variable} " in note)
     assert ours in note and all(n in KNOWN for n in ours.replace(",", "").split() if n.isupper())
 
 
@@ -262,6 +263,24 @@ def test_smoke_is_a_demo_in_small():
     assert {name: getattr(cfg, name) for name in golf.SMOKE} == golf.SMOKE
     assert cfg.num_layers == 11 and cfg.rope_dims <= cfg.model_dim // cfg.num_heads
     assert golf.load_config(dict(SMOKE="1", VAL_TOKENS="99", MODEL_DIM="32"))[0].val_tokens == 99
+    assert cfg.run_id == "golf-smoke-1337"  # not the name of the run that counts
+
+
+def test_all_bad_variables_are_told_at_once():
+    wrong = dict(ITERATIONS="six", NUM_HEADS="x", NGRAM_ODER="3", VE_LAYERS="a", RANKS="1")
+    with pytest.raises(golf.RunError) as error:
+        golf.load_config(wrong | dict(MATRIX_LRR="1"))
+    parts = str(error.value).split("; ")
+    assert len(parts) == 5 and all(
+        any(name in part for part in parts)
+        for name in (
+            "ITERATIONS='six'",
+            "NUM_HEADS='x'",
+            "VE_LAYERS='a'",
+            "unknown variable MATRIX_LRR",
+            "unknown variable NGRAM_ODER",
+        )
+    )
 
 
 def test_all_contradictions_are_told_at_once():

@@ -156,8 +156,24 @@ def test_an_artifact_knows_its_text_and_vocabulary(job, trained, tmp_path):
     cfg, notes = golf.load_config(dict(LOAD_ARTIFACT=str(alone)))
     assert cfg.vocab_size == 512 and "as the artifact's own run: VOCAB_SIZE=512" in notes
     assert golf.load_config(dict(LOAD_ARTIFACT=str(alone), VOCAB_SIZE="600"))[0].vocab_size == 600
-    for bad in (tmp_path / "none", tmp_path):
-        assert golf.load_config(dict(LOAD_ARTIFACT=str(bad)))[0].vocab_size == 1024
+    for missing in (tmp_path / "none", tmp_path):
+        with pytest.raises(golf.RunError, match=r"^LOAD_ARTIFACT=.*: there is no such file$"):
+            golf.load_config(dict(LOAD_ARTIFACT=str(missing)))
+
+
+def test_what_makes_another_score_of_an_artifact_is_said(trained):
+    artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
+
+    def told(**variables):
+        notes = golf.load_config(dict(LOAD_ARTIFACT=artifact, **variables))[1]
+        return [note for note in notes if note.startswith("unlike the artifact's own run, ")]
+
+    own = dict(EVAL_STRIDE="16", MIXER_CHUNK_TOKENS="256", NGRAM_BUCKETS="1024")
+    assert told(**own) == [] == told(**own, SAMPLE="x")
+    (line,) = told(**own | dict(EVAL_STRIDE="32", NGRAM_ENT_CENTER="3"))
+    bpb = trained.record["final"][0]["val_bpb"]
+    assert line.endswith(f"of val_bpb:{bpb:.8f}, which had EVAL_STRIDE=16 NGRAM_ENT_CENTER=4.0")
+    assert "which had RECIPE=golf SCORING=calibrated NGRAM_" in told(**own, RECIPE="pr890")[0]
 
 
 def test_a_stride_and_scoring_of_choice_on_an_artifact(job, trained):

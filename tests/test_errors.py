@@ -142,7 +142,7 @@ def check(done, *words):
         (dict(MODEL_DIMM="3"), ["MODEL_DIMM", "MODEL_DIM?"]),
         (dict(TEXT_FILES="nowhere/*.txt"), ["nowhere/*.txt", "matches no file"]),
         (dict(LOGS_PATH="/proc/no"), ["/proc/no"]),
-        (dict(LOAD_ARTIFACT="nowhere.ptz"), ["nowhere.ptz", "No such file"]),
+        (dict(LOAD_ARTIFACT="nowhere.ptz"), ["LOAD_ARTIFACT=nowhere.ptz", "no such file"]),
         (dict(DEVICE="cuda", CUDA_VISIBLE_DEVICES=""), ["DEVICE=cuda", "DEVICE=cpu"]),
         (
             dict(MATRIX_LR="1e30", SCALAR_LR="1e30", GRAD_CLIP_NORM="0"),

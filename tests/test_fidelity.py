@@ -303,3 +303,20 @@ def test_without_a_clone_it_says_how_to_get_one(command, words, capsys):
     said = capsys.readouterr().err
     assert "git clone https://github.com/openai/parameter-golf" in said
     assert "fetch origin pull/806/head pull/889/head pull/890/head pull/1094/head" in said
+
+
+def test_the_docs_table_is_the_logs():
+    """Targets that differ and bits a token, of every case of 40,000 targets."""
+    log = (ROOT / "logs/reference/fidelity.txt").read_text().splitlines()
+    logged = [[cell.strip() for cell in line.split("|")[1:-1]] for line in log if line[:3] == "| #"]
+    page = (ROOT / "docs/recipes.md").read_text("utf-8")
+    assert f"{len(logged)} rows in `logs/reference/fidelity.txt`" in page
+    cases = [row for row in logged if row[4:7] == ["40,000", "theirs", "recipe"]]
+    found = {(row[0], row[2], row[3], row[7], *row[11:]) for row in cases}
+    said = set()
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if line.startswith("| #") and cells[1] in ("1", "8", "1 and 8"):
+            number = cells[0].split(",")[0]
+            said |= {(number, ranks, *cells[2:4], *cells[6:]) for ranks in cells[1].split(" and ")}
+    assert said == found and len(said) >= 16

@@ -16,6 +16,9 @@ def test_an_artifact_goes_on_from_a_prompt(job, trained):
     assert network.startswith("network:\nimport os, ") and mixer.startswith("mixer:\nimport os, ")
     assert network.split(":\n")[1] != mixer.split(":\n")[1]
     assert "\nfinal " not in one.stdout
+    assert [path.stem for path in one.logs.iterdir()] == ["golf-sample-1337"]
+    told = network.split(":\n")[1] + mixer.split(":\n")[1]  # of an untrained network, anything
+    assert all(c.isprintable() or c in "\n\t" for c in told)
     again = job(**more, NGRAM_ENABLED="0").stdout.split("sample of the ")[1:]
     assert again == [network]  # the same seed, and no mixer
     with pytest.raises(golf.RunError, match="SAMPLE=x: must be empty without LOAD_ARTIFACT"):

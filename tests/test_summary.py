@@ -73,6 +73,17 @@ def test_table_and_statistics(runs):
     assert done.stdout.count("  VALID\n") == 3 and not done.stderr
 
 
+def test_warnings_of_the_runs_go_along(runs, tmp_path):
+    record = json.loads(runs[1].read_text())
+    record["warnings"].append("odd bytes")
+    runs[1].write_text(json.dumps(record))
+    done = summary(*runs, "--record", tmp_path / "record")
+    text = (tmp_path / "record/README.md").read_text()
+    assert done.stdout.count("warning: odd bytes\n") == 1 and "\nWarning: odd bytes.\n" in text
+    elsewhere = "not the challenge's validation text: the score does not compare"
+    assert done.stdout.count(elsewhere) == 1 and elsewhere in text  # of every run, told once
+
+
 def test_a_one_sample_t_test_in_the_challenges_unit(runs):
     """Student's t with two degrees of freedom has a closed form."""
 
@@ -253,6 +264,7 @@ def test_the_command_makes_the_runs_again(runs, tmp_path, env):
     for seed, config in own.items():
         set_to, program = environment_of(command.replace("<seed>", str(seed)), tmp_path)
         assert program == ["python", "train_gpt.py"] and not set_to.keys() & {"RUN_ID", "RESUME"}
+        assert set_to.pop("RANKS") == "1"  # as the runs had
         again = config_of(set_to | {"RUN_ID": f"r{seed}"})
         assert again == config
 

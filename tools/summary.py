@@ -211,6 +211,13 @@ def check_verdicts(runs: list[dict]) -> None:
         raise SummaryError(f"not VALID: {told} (--any-verdict goes on, and the files say so)")
 
 
+def warnings_of(runs: list[dict]) -> list[str]:
+    """The runs' own warnings, each once: what would mislead who reads the score."""
+    return [
+        f"warning: {text}" for text in dict.fromkeys(w for r in runs for w in r.get("warnings", []))
+    ]
+
+
 def row(run: dict) -> dict:
     """What the table shows of a run."""
     final, trained = run["final"][-1], (run.get("trained") or [{}])[-1]
@@ -224,7 +231,7 @@ def row(run: dict) -> dict:
         normalized=final["normalized"],
         audit=audit_text(run.get("audit", [])),
         steps=trained.get("steps"),
-        train_seconds=used.get("train_seconds"),
+        train_seconds=trained.get("train_seconds"),
         eval_seconds=used.get("eval_seconds"),
         total_bytes=final["total_bytes"],
         verdict=verdict_text(run),
@@ -388,7 +395,8 @@ def commands(runs: list[dict], settings: list[dict[str, str]]) -> list[str]:
         program += " train_gpt.py"
 
     def line(own):
-        words = (f"{name}={value}" for name, value in own.items())
+        ranks = {"RANKS": str(size)} if launcher == "itself" else {}
+        words = (f"{name}={value}" for name, value in (own | ranks).items())
         return " ".join([*words, program])
 
     quoted = [{name: shlex.quote(text) for name, text in own.items()} for own in settings]
@@ -494,6 +502,7 @@ def readme(runs: list[dict], rows: list[dict], result: dict, tested: str) -> str
             f"{rows[0]['scoring']} (normalized: {rows[0]['normalized']}).",
             "Verdict: VALID." if valid else f"**Not a valid score**: {result['verdict']}.",
             *([tested[0].upper() + tested[1:] + "."] if tested else []),
+            *(f"{line[0].upper() + line[1:]}." for line in warnings_of(runs)),
             "",
             *lines,
             "",
@@ -526,7 +535,7 @@ def run(options) -> None:
     tested, test = "", {}
     if options.baseline:
         tested, test = compare(rows, options.baseline, options.margin)
-    print("\n".join(filter(None, [table(rows), tested])))
+    print("\n".join(filter(None, [table(rows), *warnings_of(runs), tested])))
     if options.submission or options.record:
         warn_of_authors(runs[0]["config"])
         result = submission(runs, rows, test)

@@ -124,8 +124,8 @@ def train(name: str, seed: int, settings: dict[str, str], out: Path, data: Path)
     env = os.environ | PROXY | OLD | settings | shards(data) | budget | own
     env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=ROOT, env=env, capture_output=True)
-    last = (done.stdout + done.stderr).decode().strip().splitlines()[-1]
-    return f"{own['RUN_ID']}: {last}"
+    said = (done.stdout + done.stderr).decode().strip().splitlines()
+    return f"{own['RUN_ID']}: {said[-1] if said else f'ended with {done.returncode}'}"
 
 
 def figures(path: Path) -> dict[str, float]:

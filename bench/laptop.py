@@ -30,13 +30,15 @@ CHOICES = {
     "one process, compiled": {"RANKS": "1", "COMPILE": "1"},
     "a process a core, compiled": {"COMPILE": "1"},
 }
+# What would choose for the program.
+DECIDING = {"OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "RANK", "WORLD_SIZE", "RANKS", "COMPILE"}
 COLUMNS = ("steps", "neural", "val_bpb", "warmup", "train", "eval", "audit", "whole", "checks")
 
 
 def run(folder: Path, name: str, settings: dict[str, str]) -> dict:
     """Figures of a whole run: steps, scores in bits per byte, seconds by stage, PASS lines."""
     own = {"LOGS_PATH": str(folder), "PREPARED_PATH": str(folder / "data"), "RUN_ID": name}
-    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | settings | own
+    env = {k: v for k, v in os.environ.items() if k not in DECIDING} | settings | own
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_gpt.py")], env=env, text=True, capture_output=True

@@ -1,6 +1,5 @@
 """Shared fixtures: a small corpus of real text, and runs through the real command line."""
 
-import getpass
 import json
 import os
 import signal
@@ -19,8 +18,9 @@ from hypothesis import settings
 import train_gpt as golf
 
 ROOT = Path(__file__).resolve().parent.parent
-# One folder of compiled graphs for all runs of all workers, where PyTorch keeps its own.
-COMPILED = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
+# One folder of compiled graphs for all runs of all workers and suites, for this processor.
+GRAPHS = golf.Config(prepared_path=f"{tempfile.gettempdir()}/train_gpt_tests")
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(golf.kept_graphs(GRAPHS))}
 os.environ |= COMPILED
 # A shell's background jobs ignore Ctrl-C, and so would all runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

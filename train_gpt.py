@@ -200,7 +200,7 @@ class TrainingSettings:
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", POSITIVE)
     micro_batch_tokens: int = setting(0, "tokens of a rank's forward pass; 0: its share, <= 98,304")
     train_seq_len: int = setting(2048, "tokens of a training sequence", (2, 10**6))
-    schedule_steps: int = setting(5000, "steps that the step counts below are parts of", POSITIVE)
+    schedule_steps: int = setting(7000, "steps that the step counts below are parts of", POSITIVE)
     warmup_steps: int = setting(20, "steps before the clock; they leave no trace")
     warmdown_iters: int = setting(3500, "final steps in which the lr falls to 0")
     loop_from: float = setting(0.35, "part of the training after which blocks loop", FRACTION)
@@ -210,7 +210,7 @@ class TrainingSettings:
     checkpoint_seconds: float = setting(0.0, "training time between checkpoints; 0: none")
     resume: bool = setting(False, "1: go on from the checkpoint of RUN_ID")
     averaging: str = setting("ema", "weights to export", ["ema", "swa", "none"])
-    ema_decay: float = setting(0.9965, "per step of schedule_steps", FRACTION)
+    ema_decay: float = setting(0.997, "per step of schedule_steps", FRACTION)
     swa_enabled: bool = setting(True, "0 turns AVERAGING=swa off")
     swa_every: int = setting(200, "steps between SWA samples, once the lr scale is < 0.5", POSITIVE)
 
@@ -219,21 +219,21 @@ class TrainingSettings:
 class OptimizerSettings:
     """Muon and AdamW (section 7)."""
 
-    matrix_lr: float = setting(0.022, "Muon's lr")
-    scalar_lr: float = setting(0.02, "AdamW's lr of vectors")
-    tied_embed_lr: float = setting(0.03, "AdamW's lr of embeddings and tied head")
+    matrix_lr: float = setting(0.025, "Muon's lr")
+    scalar_lr: float = setting(0.025, "AdamW's lr of vectors")
+    tied_embed_lr: float = setting(0.035, "AdamW's lr of embeddings and tied head")
     head_lr: float = setting(0.008, "AdamW's lr of MTP heads")
     muon_momentum: float = setting(0.97, "Muon's momentum", FRACTION)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the start", FRACTION)
     muon_momentum_warmup_steps: int = setting(1500, "steps until full momentum")
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", (1, 20))
     muon_row_norm: bool = setting(True, "1: rows of Muon's updates are normalized (MuonEq-R)")
-    muon_wd: float = setting(0.09, "Muon's decoupled weight decay")
+    muon_wd: float = setting(0.04, "Muon's decoupled weight decay")
     beta1: float = setting(0.9, "AdamW's beta 1", FRACTION)
     beta2: float = setting(0.95, "AdamW's beta 2", FRACTION)
     adam_eps: float = setting(1e-8, "AdamW's epsilon", FRACTION)
-    adam_wd: float = setting(0.02, "AdamW's decoupled weight decay of vectors")
-    embed_wd: float = setting(0.085, "AdamW's decoupled weight decay of embeddings and heads")
+    adam_wd: float = setting(0.04, "AdamW's decoupled weight decay of vectors")
+    embed_wd: float = setting(0.04, "AdamW's decoupled weight decay of embeddings and heads")
     grad_clip_norm: float = setting(0.3, "largest norm of the averaged gradient; 0: no clipping")
 
 
@@ -335,22 +335,14 @@ PLAIN: dict[str, Any] = {
 # The four submissions, openai/parameter-golf pull requests 889, 806, 890 and 1094.
 # schedule_steps: steps that their published runs took. proj_init_gain: three of them divide the
 # start of every projection by sqrt(2 NUM_LAYERS), and other projections start at 0.
-# SHARED: their network and schedule where golf's is what the field has found since (#1290, #1435,
+# SHARED: their network and momentum where golf's is what the field has found since (#1290, #1435,
 # #1529, #1667, #1851). Golf has it at demo scale too, for what it has given up pays only in a
 # network that sees many tokens a parameter (docs/network.md).
 SHARED: dict[str, Any] = PLAIN | {
     "mlp_mult": 3.0,
     "qk_gain_init": 1.5,
-    "schedule_steps": 7000,
-    "ema_decay": 0.997,
-    "matrix_lr": 0.025,
-    "scalar_lr": 0.025,
-    "tied_embed_lr": 0.035,
     "muon_momentum": 0.99,
     "muon_row_norm": False,
-    "muon_wd": 0.04,
-    "adam_wd": 0.04,
-    "embed_wd": 0.04,
 }
 SUBMITTED: dict[str, Any] = SHARED | {
     "gptq_seconds": 0.0,

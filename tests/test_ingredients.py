@@ -23,10 +23,10 @@ def test_one_arm_is_golfs_network_and_another_the_submissions():
 @pytest.mark.parametrize("name", ingredients.INGREDIENTS)
 def test_an_ingredient_is_in_one_arm_and_out_of_the_other(name):
     arms, own = ingredients.arms(), ingredients.INGREDIENTS[name]
-    plus, minus = arms[f"plus_{name}"], arms[f"minus_{name}"]
-    assert plus == own and not own.keys() & minus.keys()
-    assert own | minus == arms["golf"]
-    assert config(plus) != config({}) and config(minus) != config(arms["golf"])
+    minus = arms["golf" if name == ingredients.LEFT_OUT else f"minus_{name}"]
+    plus, whole = arms[f"plus_{name}"], arms["whole"]
+    assert plus == own and not own.keys() & minus.keys() and own | minus == whole
+    assert config(plus) != config({}) and config(minus) != config(whole)
 
 
 def test_the_budget_binds_by_the_widest_arm(tmp_path):

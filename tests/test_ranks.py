@@ -62,6 +62,7 @@ def test_one_rank_where_more_would_change_something(unlaunched, monkeypatch):
     assert ranks() == 1 and ranks(ranks=4) == 1  # torchrun's are what was asked for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, expected",
     [

@@ -266,6 +266,7 @@ def wait_for_a_step(process):
             break
 
 
+@pytest.mark.slow
 def test_two_ranks_that_torchrun_stops_reach_the_score(workplace, tmp_path):
     """torchrun passes the signal on and waits; itself it ends with an error for any signal."""
     folder, env = workplace
@@ -289,6 +290,7 @@ def test_two_ranks_that_torchrun_stops_reach_the_score(workplace, tmp_path):
     assert [(tmp_path / f"status.{r}").read_text() for r in (0, 1)] == ["0\n", "0\n"]
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_others_with_its_name(workplace, tmp_path):
     """Two nodes: the launcher of the one cannot know that a rank of the other is dead."""
     nodes = two_training_nodes(workplace, tmp_path)
@@ -302,6 +304,7 @@ def test_a_dead_rank_ends_the_others_with_its_name(workplace, tmp_path):
     assert "\nfinal " not in outs[0][0] and 'train_gpt.py", line' not in outs[0][1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_after_the_timeout(workplace, tmp_path):
     nodes = two_training_nodes(workplace, tmp_path, DIST_TIMEOUT_SECONDS="5")
     hung = ranks(nodes[1])[0]

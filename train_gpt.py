@@ -681,25 +681,27 @@ def text_of(value) -> str:
 
 
 def record_of_artifact(path: Path) -> dict[str, Any]:
-    """The record of the run that made an artifact, from beside it; of an artifact alone the size of
-    its vocabulary; {} where neither can be read, which is told later. RunError without a file."""
+    """{"config": settings of the run that made an artifact, "final": its score}, from the record
+    beside it; of an artifact alone the size of its vocabulary; nothing of what cannot be read (the
+    loaders tell later). RunError without a file."""
     if not path.is_file():
         raise RunError(f"LOAD_ARTIFACT={path}: there is no such file")
     record = path.with_name(path.name.split(".int")[0] + ".json")
     try:
         if record.exists():
-            return json.loads(record.read_bytes())
+            made = json.loads(record.read_bytes())
+            return {"config": dict(made["config"]), "final": made.get("final", [])}
         header = json.loads(open_artifact(path.read_bytes())[0])
-        return {"config": {"vocab_size": header["architecture"]["vocab_size"]}}
+        return {"config": {"vocab_size": header["architecture"]["vocab_size"]}, "final": []}
     except (OSError, ValueError, KeyError, TypeError, RunError):
-        return {}
+        return {"config": {}, "final": []}
 
 
 def settings_of_artifact(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """({text, vocabulary and sizes of the run that made an artifact, where not set: value}, log
     lines)."""
     names = [f.name for f in fields(DataSettings)] + ["scale", "eval_seq_len"]
-    made_by = record_of_artifact(path).get("config", {})
+    made_by = record_of_artifact(path)["config"]
     found = {name: parse_value(name, text_of(made_by[name])) for name in names if name in made_by}
     taken = {k: v for k, v in found.items() if k not in values and v != FIELDS[k].default}
     if not taken:
@@ -711,11 +713,11 @@ def settings_of_artifact(path: Path, values: dict[str, Any]) -> tuple[dict[str, 
 def unlike_artifact(cfg: Config) -> list[str]:
     """A log line on what makes an artifact's score another one than its own run's."""
     record = record_of_artifact(Path(cfg.load_artifact))
-    made_by = record.get("config", {})
+    made_by = record["config"]
     names = ["recipe", "val_tokens", "eval_seq_len", "eval_stride", "scoring"]
     names += [f.name for f in SECTIONS["Mixing"]]
     others = [n for n in names if text_of(made_by.get(n)) != text_of(getattr(cfg, n))]
-    if not others or not record.get("final") or not {*names} <= {*made_by}:
+    if not others or not record["final"] or not {*names} <= {*made_by}:
         return []
     told = " ".join(f"{name.upper()}={text_of(made_by[name])}" for name in others)
     bpb = record["final"][-1]["val_bpb"]

@@ -161,6 +161,15 @@ def test_an_artifact_knows_its_text_and_vocabulary(job, trained, tmp_path):
             golf.load_config(dict(LOAD_ARTIFACT=str(missing)))
 
 
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"config": 3}', '{"config": null}'])
+def test_an_artifact_beside_a_foreign_record_is_one_alone(trained, tmp_path, text):
+    path = tmp_path / "x.int6.ptz"
+    path.write_bytes((trained.logs / "golf-demo-1337.int6.ptz").read_bytes())
+    path.with_name("x.json").write_text(text)
+    cfg, notes = golf.load_config(dict(LOAD_ARTIFACT=str(path)))
+    assert cfg.vocab_size == 1024 and not any("artifact" in note for note in notes)
+
+
 def test_what_makes_another_score_of_an_artifact_is_said(trained):
     artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
 

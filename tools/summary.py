@@ -345,13 +345,6 @@ def compare(rows: list[dict], text: str, nats: float) -> tuple[str, dict]:
     )
 
 
-def text_of(value) -> str:
-    """What a variable is set to for a setting's value, as JSON has it."""
-    if isinstance(value, bool):
-        return str(int(value))
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def code_hash() -> str:
     """SHA-256 of the train_gpt.py beside which this program is."""
     return hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
@@ -365,13 +358,13 @@ def variables(run: dict) -> dict[str, str]:
     others), until nothing is missing. Of another train_gpt.py the defaults are not known: every
     setting then. Empty text is a value: a variable that is set to nothing.
     """
-    wanted = {k.upper(): v for k, v in run["config"].items() if k not in NOT_IN_COMMAND}
-    everything = {name: text_of(value) for name, value in wanted.items()}
-    if run["facts"]["code_sha256"] != code_hash():
-        return everything
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     golf = needed_module("train_gpt")
+    wanted = {k.upper(): v for k, v in run["config"].items() if k not in NOT_IN_COMMAND}
+    everything = {name: golf.text_of(value) for name, value in wanted.items()}
+    if run["facts"]["code_sha256"] != code_hash():
+        return everything
     names, missing = set(), {"RECIPE", "SCALE", "SEED"}
     while missing:
         names |= missing

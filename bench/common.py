@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -251,6 +253,14 @@ def setup(scale, **sizes):
     return cfg, run, model, PlainGPT(model, attention)
 
 
+def random_text(folder, cfg, batches=9):
+    """Training data of `batches` batches of random tokens, as load_data gives it."""
+    path = Path(folder, f"{cfg.scale}.bin")
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, batches * cfg.train_batch_tokens)
+    golf.write_shard(path, tokens)
+    return SimpleNamespace(train=golf.TokenStream([str(path)], cfg.vocab_size))
+
+
 def difference(a, b):
     """|a - b| over |b|, of all elements together."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
@@ -292,26 +302,31 @@ def timed(work, run):
     return run.sync() - begin, torch.cuda.max_memory_allocated() if cuda else 0
 
 
-def alternate(name, run, work, args):
-    """{side: median seconds} of `work` {ours, plain}, run in turn; prints the table's line.
+def in_turn(name, run, work, args):
+    """({side: median seconds}, {side: peak bytes}, calls of each) of `work` {side: callable}.
 
-    Two calls of each are not counted. The order changes with every pair, so that whatever else
-    the machine does meets both sides alike.
+    Two calls of each are not counted. The order changes with every round, so that whatever else
+    the machine does meets all sides alike.
     """
     for side in (*work, *work):
         timed(work[side], run)
     times, peak, begin = {side: [] for side in work}, {}, time.perf_counter()
-    for pair in tqdm(range(args.repeats), name, leave=False, disable=None):
-        if pair >= 3 and time.perf_counter() - begin > args.seconds:
+    for number in tqdm(range(args.repeats), name, leave=False, disable=None):
+        if number >= 3 and time.perf_counter() - begin > args.seconds:
             break
-        for side in work if pair % 2 else reversed(work):
+        for side in work if number % 2 else reversed(work):
             seconds, peak[side] = timed(work[side], run)
             times[side].append(seconds)
-    middle = {side: statistics.median(t) for side, t in times.items()}
+    count = min(len(t) for t in times.values())
+    return {side: statistics.median(t) for side, t in times.items()}, peak, count
+
+
+def alternate(name, run, work, args):
+    """`in_turn` of `work` {ours, plain} without the count; prints the table's line."""
+    middle, peak, count = in_turn(name, run, work, args)
     print(
         f"{name}: ours {1000 * middle['ours']:.1f} ms, plain {1000 * middle['plain']:.1f} ms, "
-        f"ratio {middle['ours'] / middle['plain']:.3f} (median of {len(times['ours'])}, "
-        f"alternating)",
+        f"ratio {middle['ours'] / middle['plain']:.3f} (median of {count}, alternating)",
         flush=True,
     )
     return middle, peak

@@ -3,6 +3,7 @@
     python bench/ingredients.py --data FOLDER                  all arms, two seeds; hours
     python bench/ingredients.py --data FOLDER --only old,golf --seeds 1337
     python bench/ingredients.py --report                       the table of what is there
+    python bench/ingredients.py --step-times --only old,golf   a step's time at full width
 
 FOLDER has *_train_*.bin and *_val_*.bin of the challenge's 1,024 pieces, and tokenizer.model. What
 a network of 27 M parameters is after 5.5 billion tokens, one of 0.15 M is after some millions:
@@ -13,12 +14,13 @@ do at full size (BITS a parameter of the widest arm).
 
 "plus" arms add one ingredient to `old`, the network of the submissions with our exporter; `whole`
 has them all, "minus" arms all but one, and `golf` is the one of these that was chosen, without
-LEFT_OUT; "decay" arms have another weight decay. Runs are kept in --out and never repeated; an
-interrupted day goes on where it was.
+LEFT_OUT; "golf_minus" arms have one less than that, "golf_decay" arms another weight decay. Runs
+are kept in --out and never repeated; an interrupted day goes on where it was.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import math
 import os
@@ -27,10 +29,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from common import golf
+from common import FULL_TOKENS, golf, in_turn, random_text
+from training_step import OurStep
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = 3.9  # a parameter of the widest arm; 32.7 M parameters in 16,000,000 bytes less code: 3.88
@@ -82,7 +86,7 @@ INGREDIENTS = {
 LEFT_OUT = "schedule"  # of golf: worse in the whole, with two seeds, and alone, with one
 LAYER_BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 NOISE = 0.05  # of a matrix's root mean square
-DECAYS = ("0.02", "0.04", "0.065")  # beside the 0.09 of "schedule"
+DECAYS = ("0.02", "0.065", "0.09")  # beside golf's 0.04: from half of it to what the field took to
 
 
 def together(names) -> dict[str, str]:
@@ -90,16 +94,30 @@ def together(names) -> dict[str, str]:
     return {k: v for name in names for k, v in INGREDIENTS[name].items()}
 
 
-def arms() -> dict[str, dict[str, str]]:
-    """Settings beside PROXY and OLD of every arm, by name."""
-    found = {"old": {}, "golf": {}, "whole": together(INGREDIENTS)}
-    for name in INGREDIENTS:
-        found[f"plus_{name}"] = INGREDIENTS[name]
-        minus = "golf" if name == LEFT_OUT else f"minus_{name}"
-        found[minus] = together(n for n in INGREDIENTS if n != name)
-    for base in ("whole", "minus_loop"):
-        for decay in DECAYS:
-            found[f"{base}_decay_{decay}"] = found[base] | {"MUON_WD": decay, "EMBED_WD": decay}
+class Arm(NamedTuple):
+    """What is trained: the arm that it is compared with, and its settings beside PROXY and OLD."""
+
+    base: str
+    settings: dict[str, str]
+
+
+def arms() -> dict[str, Arm]:
+    """Every arm, by name."""
+    chosen = {name for name in INGREDIENTS if name != LEFT_OUT}
+    found = {
+        "old": Arm("", {}),
+        "golf": Arm("old", together(chosen)),
+        "whole": Arm("old", together(INGREDIENTS)),
+    }
+    for name, own in INGREDIENTS.items():
+        found[f"plus_{name}"] = Arm("old", own)
+    for name in sorted(chosen):
+        found[f"minus_{name}"] = Arm("whole", together(INGREDIENTS.keys() - {name}))
+    for name in sorted(chosen):
+        found[f"golf_minus_{name}"] = Arm("golf", together(chosen - {name}))
+    for decay in DECAYS:
+        settings = {"MUON_WD": decay, "EMBED_WD": decay}
+        found[f"golf_decay_{decay}"] = Arm("golf", found["golf"].settings | settings)
     return found
 
 
@@ -132,13 +150,11 @@ def train(name: str, seed: int, settings: dict[str, str], out: Path, data: Path)
 
 
 def figures(path: Path) -> dict[str, float]:
-    """Of a run's record: bpb before and after export, milliseconds a step, parameters, bytes."""
+    """Of a run's record: bpb before and after export, parameters, bytes of the artifact."""
     record = json.loads(path.read_text())
-    trained = record["trained"][-1]
     return {
         "before": record["validation"][-1]["val_bpb"],
         "after": record["result"][-1]["val_bpb"],
-        "step_ms": 1000 * trained["train_seconds"] / trained["steps"],
         "parameters": record["model"][-1]["parameters"],
         "bytes": record["artifact"][-1]["artifact_bytes"],
     }
@@ -159,37 +175,56 @@ def differences(runs: dict, base: dict) -> list[float]:
     return [runs[seed]["after"] - base[seed]["after"] for seed in sorted(runs.keys() & base.keys())]
 
 
-def row(name: str, runs: dict, base: dict) -> str:
+def deviation(paired: list[list[float]]) -> float:
+    """Standard deviation of one seed's difference, pooled over arms; nan if none has two seeds."""
+    freedom = sum(len(own) - 1 for own in paired if own)
+    squares = sum((d - statistics.mean(own)) ** 2 for own in paired for d in own)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def verdict(own: list[float], pooled: float) -> str:
+    """Of an arm's differences: whether their mean is beyond two standard errors."""
+    if not own:
+        return ""
+    error = pooled / math.sqrt(len(own))
+    if not abs(statistics.mean(own)) > 2 * error:
+        return "nothing shown"
+    return "better" if statistics.mean(own) < 0 else "worse"
+
+
+def row(name: str, runs: dict, own: list[float], pooled: float) -> str:
     """A line of the table."""
     mean = {
         key: statistics.mean(r[key] for r in runs.values()) for key in next(iter(runs.values()))
     }
     spread = max(r["after"] for r in runs.values()) - min(r["after"] for r in runs.values())
-    own = differences(runs, base)
-    against = f"{statistics.mean(own):+.4f}" if own else ""
-    each = " ".join(f"{d:+.4f}" for d in own)
-    return (
-        f"| {name} | {len(runs)} | {mean['parameters']:,.0f} | {mean['bytes']:,.0f} | "
-        f"{mean['before']:.4f} | {mean['after']:.4f} | {mean['after'] - mean['before']:.4f} | "
-        f"{spread:.4f} | {against} | {each} | {mean['step_ms']:.0f} |"
+    cells = (
+        name,
+        f"{len(runs)}",
+        f"{mean['parameters']:,.0f}",
+        f"{mean['bytes']:,.0f}",
+        f"{mean['before']:.4f}",
+        f"{mean['after']:.4f}",
+        f"{mean['after'] - mean['before']:.4f}",
+        f"{spread:.4f}",
+        arms()[name].base,
+        f"{statistics.mean(own):+.4f}" if own else "",
+        " ".join(f"{d:+.4f}" for d in own),
+        verdict(own, pooled),
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def report(out: Path) -> None:
-    """Print the table of the runs that are there; golf, whole and plus arms against old, others
-    against whole."""
-    print(
-        "| arm | seeds | parameters | bytes | before export | after | gap | spread | difference |",
-        end="",
-    )
-    print(" each seed | ms a step |\n|" + 11 * "---|")
-    bases = {name: runs_of(name, out) for name in ("old", "whole")}
-    for name in arms():
-        runs = runs_of(name, out)
-        of_old = name.startswith("plus") or name in ("golf", "whole")
-        base = bases["old" if of_old else "whole"]
-        if runs:
-            print(row(name, runs, {} if name == "old" else base))
+    """Print the table of the runs that are there."""
+    runs = {name: runs_of(name, out) for name in arms()}
+    own = {name: differences(runs[name], runs.get(arm.base, {})) for name, arm in arms().items()}
+    pooled = deviation(list(own.values()))
+    print("| arm | seeds | parameters | bytes | before export | after | gap | spread ", end="")
+    print(f"| against | difference | each seed | verdict |\n|{12 * '---|'}")
+    for name in filter(runs.get, runs):
+        print(row(name, runs[name], own[name], pooled))
+    print(f"Standard deviation of one seed's difference, pooled over arms: {pooled:.4f}")
 
 
 @torch.no_grad()
@@ -221,7 +256,7 @@ def sensitivities(name: str, out: Path, data: Path) -> tuple[float, int, list[fl
     export's sensitivities, mean square gradients of training text, say that it does."""
     path = min(out.glob(f"{name}-*.safetensors"))
     own = {"LOGS_PATH": tempfile.mkdtemp(), "COMPILE": "0"}
-    cfg, _ = golf.load_config(PROXY | OLD | arms()[name] | shards(data) | own)
+    cfg, _ = golf.load_config(PROXY | OLD | arms()[name].settings | shards(data) | own)
     run = golf.Run(cfg)
     model, clean = (golf.build_model(cfg, run, golf.read_tensors(path)) for _ in range(2))
     found = golf.load_data(cfg, run)
@@ -274,6 +309,37 @@ def saved_bytes(cfg, looping: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def step_times(names: list[str], args: argparse.Namespace) -> None:
+    """Print how long a step of each arm takes at full width, in turn, on random tokens; and a
+    training of as many steps in that of the first arm, where the loop is on from LOOP_FROM on."""
+    cuda = torch.cuda.is_available()
+    own = {"SCALE": "full", "LOGS_PATH": tempfile.mkdtemp(), "DEVICE": "cuda" if cuda else "cpu"}
+    # A core takes seconds for one sequence, and minutes to compile these graphs.
+    own |= {"TRAIN_BATCH_TOKENS": str(FULL_TOKENS if cuda else 2048)}
+    own |= {} if cuda else {"COMPUTE": "float32", "COMPILE": "0"}
+    configs = {
+        name: golf.load_config(os.environ | OLD | arms()[name].settings | own)[0] for name in names
+    }
+    first, work = configs[names[0]], {}
+    run = golf.Run(first)
+    data = random_text(own["LOGS_PATH"], first)
+    for name, cfg in configs.items():
+        step = OurStep(golf.build_model(cfg, run), data, cfg, run)
+        for looping in (False, True)[: 1 + (cfg.loop_passes > 1)]:
+            work[name, looping] = functools.partial(step, looping)
+    seconds, _, count = in_turn("steps", run, work, args)
+    torch.distributed.destroy_process_group()
+    print(f"{first.train_batch_tokens} tokens a step, {run.device}, median of {count}, in turn")
+    print(f"| arm | ms a step | with the loop | a training, of {names[0]}'s |\n|{4 * '---|'}")
+    for name, cfg in configs.items():
+        before = seconds[name, False]
+        after = seconds.get((name, True), before)
+        mean = cfg.loop_from * before + (1 - cfg.loop_from) * after
+        ratio = mean / seconds[names[0], False]
+        looped = f"{1000 * after:.0f}" if (name, True) in seconds else ""
+        print(f"| {name} | {1000 * before:.0f} | {looped} | {ratio:.3f} |")
+
+
 def full_size() -> None:
     """Print what the networks are at full size, by arithmetic."""
     free = 8 * (golf.Config.artifact_bytes - golf.code_bytes())
@@ -304,10 +370,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--report", action="store_true", help="only print the table")
     parser.add_argument("--sensitivities", action="store_true", help="only of --only's, by layer")
+    parser.add_argument("--step-times", action="store_true", help="only of --only's, full width")
+    parser.add_argument("--repeats", type=int, default=9, help="of --step-times, at most")
+    parser.add_argument("--seconds", type=float, default=300, help="of --step-times, about")
     parser.add_argument("--full-size", action="store_true", help="parameters, bits and memory")
     args = parser.parse_args()
     if args.full_size:
         full_size()
+        return
+    if args.step_times:
+        step_times(args.only.split(","), args)
         return
     if args.sensitivities:
         for name in args.only.split(","):
@@ -321,9 +393,9 @@ def main() -> None:
             parser.error("--data: a folder of shards with tokenizer.model is needed")
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
             jobs = [
-                pool.submit(train, name, seed, settings, args.out, args.data)
+                pool.submit(train, name, seed, arm.settings, args.out, args.data)
                 for seed in args.seeds
-                for name, settings in wanted.items()
+                for name, arm in wanted.items()
             ]
             for job in jobs:
                 print(job.result(), flush=True)

@@ -12,10 +12,7 @@ FLOPs a token: 6 * (weights of matrices, head included) + 6 * length * dim * lay
 """
 
 import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from common import (
@@ -27,6 +24,7 @@ from common import (
     forward_flops,
     golf,
     profile,
+    random_text,
     scales,
     setup,
 )
@@ -43,8 +41,8 @@ class OurStep:
         self.average = golf.WeightAverage(model, cfg)
         self.model, self.step = model, 1 / cfg.schedule_steps
 
-    def __call__(self):
-        self.trainer.gradients(looping=True)
+    def __call__(self, looping=True):
+        self.trainer.gradients(looping=looping)
         self.optimizer.step(LR_SCALE, MOMENTUM)
         self.average.update(0.0, self.step, LR_SCALE)
 
@@ -167,10 +165,7 @@ def bench(scale, folder, args):
     sizes = dict(train_batch_tokens=FULL_TOKENS) if scale == "full" else {}
     cfg, run, model, plain_model = setup(scale, **sizes)
     print(f"{scale}: {cfg.train_batch_tokens} tokens of {cfg.train_seq_len}, {run.device}")
-    path = Path(folder, f"{scale}.bin")
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 9 * cfg.train_batch_tokens)
-    golf.write_shard(path, tokens)
-    data = SimpleNamespace(train=golf.TokenStream([str(path)], cfg.vocab_size))
+    data = random_text(folder, cfg)
     work = dict(ours=OurStep(model, data, cfg, run), plain=PlainStep(plain_model, data, cfg, run))
     compare(work["ours"], work["plain"], model.compute_dtype == torch.bfloat16)
     name = f"training_step {scale} {run.device.type}"

@@ -1,6 +1,9 @@
 """bench/ingredients.py: its arms are what they are called, and its table what the records say."""
 
 import json
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -15,7 +18,7 @@ def config(settings):
 
 
 def test_one_arm_is_golfs_network_and_another_the_submissions():
-    chosen, old = (config(ingredients.arms()[name]) for name in ("golf", "old"))
+    chosen, old = (config(ingredients.arms()[name].settings) for name in ("golf", "old"))
     assert {name: getattr(old, name) for name in golf.SHARED} == golf.SHARED
     assert all(getattr(chosen, n) == getattr(golf.Config, n) for n in golf.SHARED)
 
@@ -23,10 +26,19 @@ def test_one_arm_is_golfs_network_and_another_the_submissions():
 @pytest.mark.parametrize("name", ingredients.INGREDIENTS)
 def test_an_ingredient_is_in_one_arm_and_out_of_the_other(name):
     arms, own = ingredients.arms(), ingredients.INGREDIENTS[name]
-    minus = arms["golf" if name == ingredients.LEFT_OUT else f"minus_{name}"]
-    plus, whole = arms[f"plus_{name}"], arms["whole"]
+    left_out = name == ingredients.LEFT_OUT
+    minus = arms["golf" if left_out else f"minus_{name}"].settings
+    plus, whole = arms[f"plus_{name}"].settings, arms["whole"].settings
     assert plus == own and not own.keys() & minus.keys() and own | minus == whole
     assert config(plus) != config({}) and config(minus) != config(whole)
+    if not left_out:
+        less, golfs = arms[f"golf_minus_{name}"], arms["golf"].settings
+        assert less.base == "golf" and less.settings == {k: golfs[k] for k in golfs if k not in own}
+
+
+def test_every_arm_is_compared_with_an_arm():
+    arms = ingredients.arms()
+    assert [name for name, arm in arms.items() if arm.base not in arms] == ["old"]
 
 
 def test_the_budget_binds_by_the_widest_arm(tmp_path):
@@ -68,10 +80,41 @@ def test_the_table_is_of_the_seeds_that_both_have(tmp_path, capsys):
     record("plus_loop-1", 2.08, 2.09)
     record("plus_loop-2", 2.09, 2.11)
     record("plus_loop-3", 2.00, 2.01)
+    record("plus_lanes-2", 2.10, 2.1180)
     (tmp_path / "plus_loop-1.submission.json").write_text("{}")
     ingredients.report(tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    old, plus = ([cell.strip() for cell in line.split("|")] for line in lines[2:])
-    assert old[1:9] == ["old", "2", "145,392", "81,850", "2.1050", "2.1250", "0.0200", "0.0100"]
-    assert plus[1:3] == ["plus_loop", "3"] and plus[9] == "-0.0250"
-    assert plus[10] == "-0.0300 -0.0200" and plus[11] == "50"
+    *lines, last = capsys.readouterr().out.splitlines()
+    old, loop, lanes = ([cell.strip() for cell in line.split("|")][1:-1] for line in lines[2:])
+    assert old == ["old", "2", "145,392", "81,850", "2.1050", "2.1250", "0.0200", "0.0100"] + 4 * [
+        ""
+    ]
+    assert loop[:2] == ["plus_loop", "3"]
+    assert loop[8:] == ["old", "-0.0250", "-0.0300 -0.0200", "better"]
+    assert lanes[8:] == ["old", "-0.0120", "-0.0120", "nothing shown"]
+    assert last.endswith(" 0.0071")  # 0.005 to either side, one degree of freedom
+
+
+def test_without_a_second_seed_nothing_is_shown():
+    pooled = ingredients.deviation([[], [-0.3], [0.2]])
+    assert [ingredients.verdict(own, pooled) for own in ([], [-0.3])] == ["", "nothing shown"]
+    assert ingredients.verdict([0.01, 0.02], 0.005) == "worse"
+    assert ingredients.verdict([0.01], 0.005) == "nothing shown"
+
+
+@pytest.mark.slow  # starts a process
+def test_a_trainings_time_is_that_of_its_steps_with_and_without_the_loop():
+    small = {"MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "4"}
+    command = [sys.executable, ingredients.__file__, "--step-times", "--only", "old,plus_loop"]
+    done = subprocess.run(
+        [*command, "--seconds", "0"],
+        env=os.environ | small | {"TRAIN_SEQ_LEN": "64", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    old, loop = (line.split("|")[1:-1] for line in done.stdout.splitlines()[-2:])
+    plain, once, looped = (float(cell) for cell in (old[1], *loop[1:3]))
+    assert not old[2].strip() and float(old[3]) == 1 and looped > once
+    # Milliseconds are rounded to whole ones; the loop is on for 65 % of a training.
+    expected = (0.35 * once + 0.65 * looped) / plain
+    assert float(loop[3]) == pytest.approx(expected, abs=2 / plain)

@@ -5368,6 +5368,11 @@ def continue_tokens(
     return decode_message(model, head + bits, cfg, run.alone())[0][first + 1 :]
 
 
+def printable(text: str) -> str:
+    """Text with control characters as Python spells them: they could do anything to a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def sample(model: GPT, data: Data, cfg: Config, run: Run) -> None:
     """Log how SAMPLE goes on, by the network and by the mixer, which has learned from validation
     text before it; on rank 0."""
@@ -5383,9 +5388,7 @@ def sample(model: GPT, data: Data, cfg: Config, run: Run) -> None:
         for _ in range(SAMPLE_BLOCKS):
             more = continue_tokens(model, tokens[-size:], own, run, random)
             tokens = torch.cat([tokens, more])
-        text = data.tokenizer.decode(tokens[size - len(prompt) :].tolist())
-        # A control character can do anything to a terminal.
-        text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+        text = printable(data.tokenizer.decode(tokens[size - len(prompt) :].tolist()))
         run.log(f"sample of the {'network' if scoring == 'neural' else 'mixer'}:\n{text}\n")
 
 

@@ -94,6 +94,12 @@ def test_the_table_is_of_the_seeds_that_both_have(tmp_path, capsys):
     assert last.endswith(" 0.0071")  # 0.005 to either side, one degree of freedom
 
 
+def test_the_deviation_is_pooled():
+    own = [[0.1, 0.3, 0.5], [0.2, 0.4], [0.7], []]
+    squares = 0.04 + 0.0 + 0.04 + 0.01 + 0.01
+    assert ingredients.deviation(own) == pytest.approx((squares / 3) ** 0.5)
+
+
 def test_without_a_second_seed_nothing_is_shown():
     pooled = ingredients.deviation([[], [-0.3], [0.2]])
     assert [ingredients.verdict(own, pooled) for own in ([], [-0.3])] == ["", "nothing shown"]

@@ -17,14 +17,29 @@ def test_an_artifact_goes_on_from_a_prompt(job, trained):
     assert network.split(":\n")[1] != mixer.split(":\n")[1]
     assert "\nfinal " not in one.stdout
     assert [path.stem for path in one.logs.iterdir()] == ["golf-sample-1337"]
-    told = network.split(":\n")[1] + mixer.split(":\n")[1]  # of an untrained network, anything
-    assert all(c.isprintable() or c in "\n\t" for c in told)
     again = job(**more, NGRAM_ENABLED="0").stdout.split("sample of the ")[1:]
     assert again == [network]  # the same seed, and no mixer
     with pytest.raises(golf.RunError, match="SAMPLE=x: must be empty without LOAD_ARTIFACT"):
         golf.load_config(dict(SAMPLE="x"))
     long = job(**more | dict(SAMPLE="word " * 20_000))
     assert long.returncode == 2 and "SAMPLE" in long.stderr
+
+
+def test_a_sample_does_nothing_to_a_terminal():
+    told = golf.printable("a\tb\n\x1b[2J\r\x07\x9bñ\u202e\ue000'\\")
+    assert told == "a\tb\n\\x1b[2J\\r\\x07\\x9bñ\\u202e\\ue000'\\"
+
+
+def test_an_untrained_networks_sample_is_printable(monkeypatch, data):
+    """Whatever the tokens are, what is logged went through `printable`."""
+    cfg, run, corpus = data
+    logged = []
+    monkeypatch.setattr(golf, "continue_tokens", lambda *_: torch.arange(cfg.eval_stride))
+    monkeypatch.setattr(golf, "printable", lambda text: f"<{text}>")
+    monkeypatch.setattr(run, "log", logged.append)
+    golf.sample(None, corpus, golf.replace(cfg, sample="x"), run)
+    told = [text.split(":\n", 1)[1] for text in logged]
+    assert len(told) == 2 and all(text[0] == "<" and text.endswith(">\n") for text in told)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
     python bench/ingredients.py --data FOLDER                  all arms, two seeds; hours
     python bench/ingredients.py --data FOLDER --only old,golf --seeds 1337
+    python bench/ingredients.py --data FOLDER --width 64 --steps 2400 --only golf
     python bench/ingredients.py --report                       the table of what is there
     python bench/ingredients.py --step-times --only old,golf   a step's time at full width
 
@@ -38,20 +39,14 @@ from training_step import OurStep
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = 3.9  # a parameter of the widest arm; 32.7 M parameters in 16,000,000 bytes less code: 3.88
-STEPS = 1200
+WIDTH, STEPS = 32, 1200  # two cores train two of them in nine minutes
 
-# A network of 0.15 M parameters, everything in proportion to 11 x 512; its text alone.
-PROXY = {
+# The text and the score of every run; `proxy` adds its sizes.
+RUN = {
     "SCALE": "demo",
-    "MODEL_DIM": "32",
     "NUM_HEADS": "4",
     "NUM_KV_HEADS": "2",
-    "ROPE_DIMS": "4",
-    "BIGRAM_VOCAB_SIZE": "128",
-    "BIGRAM_DIM": "8",
-    "VE_DIM": "8",
     "TRAIN_BATCH_TOKENS": "4096",
-    "ITERATIONS": str(STEPS),
     "MAX_WALLCLOCK_SECONDS": "0",
     "VAL_LOSS_EVERY": "0",
     "VAL_TOKENS": "524288",
@@ -95,7 +90,7 @@ def together(names) -> dict[str, str]:
 
 
 class Arm(NamedTuple):
-    """What is trained: the arm that it is compared with, and its settings beside PROXY and OLD."""
+    """What is trained: the arm that it is compared with, and its settings beside those of `old`."""
 
     base: str
     settings: dict[str, str]
@@ -121,10 +116,22 @@ def arms() -> dict[str, Arm]:
     return found
 
 
-def budget_bytes(data: Path) -> int:
+def proxy(width: int = WIDTH, steps: int = STEPS) -> dict[str, str]:
+    """The settings of `old` at a width, everything in proportion to 11 x 512."""
+    sizes = {
+        "MODEL_DIM": width,
+        "ROPE_DIMS": width // 8,
+        "BIGRAM_VOCAB_SIZE": 4 * width,
+        "BIGRAM_DIM": width // 4,
+        "VE_DIM": width // 4,
+        "ITERATIONS": steps,
+    }
+    return RUN | OLD | {name: str(size) for name, size in sizes.items()}
+
+
+def budget_bytes(base: dict[str, str]) -> int:
     """Bytes of code and artifact: BITS a parameter of the widest arm."""
-    env = PROXY | OLD | INGREDIENTS["mlp4"] | shards(data)
-    model = golf.GPT(golf.load_config(env)[0], None)
+    model = golf.GPT(golf.load_config(base | INGREDIENTS["mlp4"])[0], None)
     parameters = sum(p.numel() for p in model.parameters())
     return golf.code_bytes() + round(BITS * parameters / 8)
 
@@ -134,15 +141,15 @@ def shards(data: Path) -> dict[str, str]:
     return {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")}
 
 
-def train(name: str, seed: int, settings: dict[str, str], out: Path, data: Path) -> str:
+def train(name: str, seed: int, settings: dict[str, str], out: Path, base: dict[str, str]) -> str:
     """Run an arm, unless it is there; a line about it."""
     own = {"RUN_ID": f"{name}-{seed}", "SEED": str(seed), "LOGS_PATH": str(out)}
     if (out / f"{own['RUN_ID']}.json").exists():
         return f"{own['RUN_ID']}: kept"
     for path in out.glob(f"{own['RUN_ID']}.*"):  # of a run that was killed
         path.unlink()
-    budget = {"ARTIFACT_BYTES": str(budget_bytes(data))}
-    env = os.environ | PROXY | OLD | settings | shards(data) | budget | own
+    budget = {"ARTIFACT_BYTES": str(budget_bytes(base))}
+    env = os.environ | base | settings | budget | own
     env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=ROOT, env=env, capture_output=True)
     said = (done.stdout + done.stderr).decode().strip().splitlines()
@@ -224,7 +231,8 @@ def report(out: Path) -> None:
     print(f"| against | difference | each seed | verdict |\n|{12 * '---|'}")
     for name in filter(runs.get, runs):
         print(row(name, runs[name], own[name], pooled))
-    print(f"Standard deviation of one seed's difference, pooled over arms: {pooled:.4f}")
+    if not math.isnan(pooled):
+        print(f"Standard deviation of one seed's difference, pooled over arms: {pooled:.4f}")
 
 
 @torch.no_grad()
@@ -250,13 +258,15 @@ def harm(model, clean, tokens, layer: int, seed: int = 0) -> float:
     return found
 
 
-def sensitivities(name: str, out: Path, data: Path) -> tuple[float, int, list[float], list[float]]:
+def sensitivities(
+    name: str, out: Path, base: dict[str, str]
+) -> tuple[float, int, list[float], list[float]]:
     """Of the first seed of an arm: divergence of the network as trained to the one that is
     shipped, and on how many tokens; what NOISE in each layer's matrices does, and what the
     export's sensitivities, mean square gradients of training text, say that it does."""
     path = min(out.glob(f"{name}-*.safetensors"))
     own = {"LOGS_PATH": tempfile.mkdtemp(), "COMPILE": "0"}
-    cfg, _ = golf.load_config(PROXY | OLD | arms()[name].settings | shards(data) | own)
+    cfg, _ = golf.load_config(base | arms()[name].settings | own)
     run = golf.Run(cfg)
     model, clean = (golf.build_model(cfg, run, golf.read_tensors(path)) for _ in range(2))
     found = golf.load_data(cfg, run)
@@ -276,6 +286,27 @@ def sensitivities(name: str, out: Path, data: Path) -> tuple[float, int, list[fl
 def shares(values: list[float]) -> str:
     """Each value over their mean."""
     return " ".join(f"{value / statistics.mean(values):.2f}" for value in values)
+
+
+def show_sensitivities(args: argparse.Namespace, base: dict[str, str]) -> None:
+    """Print `sensitivities` of the arms asked for."""
+    for name in args.only:
+        shipped, count, measured, told = sensitivities(name, args.out, base)
+        print(f"{name}: as trained to as shipped {shipped:.4f} nats a token, of {count}")
+        print(f"{name}, by layer: measured {shares(measured)}; told {shares(told)}")
+
+
+def train_all(args: argparse.Namespace, base: dict[str, str]) -> None:
+    """Run the arms asked for, some at a time, and print the table."""
+    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+        jobs = [
+            pool.submit(train, name, seed, arms()[name].settings, args.out, base)
+            for seed in args.seeds
+            for name in args.only
+        ]
+        for job in jobs:
+            print(job.result(), flush=True)
+    report(args.out)
 
 
 class SavesItsInputs(torch.autograd.Function):
@@ -360,12 +391,14 @@ def full_size() -> None:
         print(f"| {name} | {count:,} | {free / count:.2f} | {kept[0]} | {kept[1]} |")
 
 
-def main() -> None:
-    """Run the arms that are asked for and print the table."""
+def arguments() -> argparse.Namespace:
+    """The command line's; SystemExit for what does not exist."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of shards and their tokenizer.model")
-    parser.add_argument("--out", type=Path, default=ROOT / "logs/ingredients")
-    parser.add_argument("--only", default="", help="arms, by name, separated by commas")
+    parser.add_argument("--out", type=Path, help="of runs; default: logs/ingredients-<width>")
+    parser.add_argument("--width", type=int, default=WIDTH, help="a multiple of 16")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a training")
+    parser.add_argument("--only", default=",".join(arms()), help="arms, by name, between commas")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--report", action="store_true", help="only print the table")
@@ -375,31 +408,29 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="of --step-times, about")
     parser.add_argument("--full-size", action="store_true", help="parameters, bits and memory")
     args = parser.parse_args()
+    args.only = args.only.split(",")
+    args.out = args.out or ROOT / f"logs/ingredients-{args.width}"
+    for name in args.only:
+        if name not in arms():
+            parser.error(f"--only: there is no {name}; arms are {', '.join(arms())}")
+    needs_text = not (args.report or args.step_times or args.full_size)
+    if needs_text and not (args.data and (args.data / "tokenizer.model").exists()):
+        parser.error("--data: a folder of shards with tokenizer.model is needed")
+    return args
+
+
+def main() -> None:
+    """Run the arms that are asked for and print the table, or what else is asked for."""
+    args = arguments()
     if args.full_size:
         full_size()
-        return
-    if args.step_times:
-        step_times(args.only.split(","), args)
-        return
-    if args.sensitivities:
-        for name in args.only.split(","):
-            shipped, count, measured, told = sensitivities(name, args.out, args.data)
-            print(f"{name}: as trained to as shipped {shipped:.4f} nats a token, of {count}")
-            print(f"{name}, by layer: measured {shares(measured)}; told {shares(told)}")
-        return
-    wanted = {k: v for k, v in arms().items() if not args.only or k in args.only.split(",")}
-    if not args.report:
-        if not args.data or not (args.data / "tokenizer.model").exists():
-            parser.error("--data: a folder of shards with tokenizer.model is needed")
-        with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-            jobs = [
-                pool.submit(train, name, seed, arm.settings, args.out, args.data)
-                for seed in args.seeds
-                for name, arm in wanted.items()
-            ]
-            for job in jobs:
-                print(job.result(), flush=True)
-    report(args.out)
+    elif args.step_times:
+        step_times(args.only, args)
+    elif args.report:
+        report(args.out)
+    else:
+        base = proxy(args.width, args.steps) | shards(args.data)
+        (show_sensitivities if args.sensitivities else train_all)(args, base)
 
 
 if __name__ == "__main__":

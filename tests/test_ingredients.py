@@ -14,7 +14,7 @@ import train_gpt as golf
 
 def config(settings):
     """The Config of an arm's run."""
-    return golf.load_config(ingredients.PROXY | ingredients.OLD | settings)[0]
+    return golf.load_config(ingredients.proxy() | settings)[0]
 
 
 def test_one_arm_is_golfs_network_and_another_the_submissions():
@@ -41,10 +41,16 @@ def test_every_arm_is_compared_with_an_arm():
     assert [name for name, arm in arms.items() if arm.base not in arms] == ["old"]
 
 
-def test_the_budget_binds_by_the_widest_arm(tmp_path):
-    size = ingredients.budget_bytes(tmp_path) - golf.code_bytes()
-    model = golf.GPT(config(ingredients.INGREDIENTS["mlp4"]), None)
-    assert 8 * size == pytest.approx(3.9 * sum(p.numel() for p in model.parameters()), abs=8)
+@pytest.mark.parametrize("width", [32, 64, 512])
+def test_the_proxy_is_the_full_size_in_proportion(width):
+    base = ingredients.proxy(width, 77)
+    cfg, full = golf.load_config(base)[0], golf.replace(golf.Config(), **golf.SHARED)
+    assert (cfg.num_layers, cfg.model_dim, cfg.iterations) == (11, width, 77)
+    for name in ("bigram_vocab_size", "bigram_dim", "ve_dim"):
+        assert getattr(cfg, name) / width == getattr(full, name) / full.model_dim, name
+    size = ingredients.budget_bytes(base) - golf.code_bytes()
+    wide = golf.GPT(golf.replace(cfg, mlp_mult=4.0), None)
+    assert 8 * size == pytest.approx(3.9 * sum(p.numel() for p in wide.parameters()), abs=8)
 
 
 def test_a_run_that_was_killed_is_made_again_under_its_name(tmp_path, monkeypatch):
@@ -59,8 +65,8 @@ def test_a_run_that_was_killed_is_made_again_under_its_name(tmp_path, monkeypatc
         return types.SimpleNamespace(stdout=b"", stderr=b"final")
 
     monkeypatch.setattr(ingredients.subprocess, "run", run)
-    assert ingredients.train("old", 1, {}, tmp_path, tmp_path) == "old-1: final"
-    assert ingredients.train("old", 1, {}, tmp_path, tmp_path) == "old-1: kept"
+    assert ingredients.train("old", 1, {}, tmp_path, ingredients.proxy()) == "old-1: final"
+    assert ingredients.train("old", 1, {}, tmp_path, ingredients.proxy()) == "old-1: kept"
     assert started == [("old-1", ["old-13.txt"])]
 
 
@@ -92,6 +98,14 @@ def test_the_table_is_of_the_seeds_that_both_have(tmp_path, capsys):
     assert loop[8:] == ["old", "-0.0250", "-0.0300 -0.0200", "better"]
     assert lanes[8:] == ["old", "-0.0120", "-0.0120", "nothing shown"]
     assert last.endswith(" 0.0071")  # 0.005 to either side, one degree of freedom
+
+
+def test_what_does_not_exist_is_refused(monkeypatch, capsys):
+    for words, told in (("--only odl --report", "no odl; arms are old,"), ("", "--data: a folder")):
+        monkeypatch.setattr(sys, "argv", ["ingredients.py", *words.split()])
+        with pytest.raises(SystemExit):
+            ingredients.main()
+        assert told in capsys.readouterr().err
 
 
 def test_the_deviation_is_pooled():

@@ -2,6 +2,7 @@
 
     python bench/quantization.py logs/x.safetensors [--bits 4.7 3.5] [--kl-tokens 32768]
     python bench/quantization.py logs/x.safetensors --exponents 0.2 0.25 0.3 0.5
+    MAX_WALLCLOCK_SECONDS=0 python bench/quantization.py logs/x.safetensors --sequences 8 64 256
     python bench/quantization.py --full-width
 
 Weights are those that a run saved; the environment is that run's (SCALE, DATA_PATH, ...). A method
@@ -9,9 +10,10 @@ is judged by two figures against the unquantized weights, both in bits per byte:
 and the Kullback-Leibler divergence of its predictions on --kl-tokens, which is less noisy. The
 submissions' method is their code's: clips of five percentiles, one choice for a whole tensor, no
 step under 1/31, torch.save and lzma; ours is then given exactly as many bytes. --exponents compares
-powers of the mean square gradient that steps go with (STEP_EXPONENT). --full-width needs
-no weights: random 11x512 matrices, rows and columns of unequal spread; with weights it means those
-of a model of that size.
+powers of the mean square gradient that steps go with (STEP_EXPONENT), --sequences how many of the
+training text calibrate (CALIBRATION_SEQUENCES; without a cap, so that time is no limit).
+--full-width needs no weights: random 11x512 matrices, rows and columns of unequal spread; with
+weights it means those of a model of that size.
 """
 
 import argparse
@@ -169,6 +171,17 @@ def exponents(judge, bits, powers):
                 judge.ours(f"  {power:g}", rounded, int(b * cells / 8))
 
 
+def sequences(judge, bits, counts):
+    """Ours, with at most so many sequences of calibration, if calibration_seconds allow it."""
+    cells = sum(w.numel() for w in judge.weights.values())
+    for count in counts:
+        with mock.patch.object(golf, "CALIBRATION_SEQUENCES", count):
+            model = judge.load(judge.weights)
+            senses = golf.calibrate(model, judge.data, judge.cfg, judge.run)
+        for b in bits:
+            judge.ours(f"  at most {count} sequences, {b} bits", senses, int(b * cells / 8))
+
+
 def coders(tensors, cfg):
     """The table of coders: what each makes of the same codes, steps and float16 values."""
     coded = {n: t for n, t in tensors.items() if isinstance(t, golf.CodedTensor)}
@@ -252,6 +265,7 @@ def main():
     parser.add_argument("--bits", type=float, nargs="*", default=[4.7])
     parser.add_argument("--kl-tokens", type=int, default=32768)
     parser.add_argument("--exponents", type=float, nargs="*", default=[])
+    parser.add_argument("--sequences", type=int, nargs="*", default=[])
     parser.add_argument("--full-width", action="store_true")
     args = parser.parse_args()
     # Wide codes: the number of bytes alone is the limit.
@@ -265,6 +279,9 @@ def main():
         judge = Judge(safetensors.torch.load_file(args.weights), data, cfg, run, args.kl_tokens)
         if args.exponents:
             exponents(judge, args.bits, args.exponents)
+            return
+        if args.sequences:
+            sequences(judge, args.bits, args.sequences)
             return
         senses = methods(judge, args.bits)
         found = run.record["artifact"][-1]["log2_step"]

@@ -78,7 +78,7 @@ INGREDIENTS = {
     "momentum": {"MUON_MOMENTUM": "0.97"},
     "rownorm": {"MUON_ROW_NORM": "1", "QK_GAIN_INIT": "5"},
 }
-LEFT_OUT = "schedule"  # of golf: worse in the whole, with two seeds, and alone, with one
+LEFT_OUT = "schedule"  # of golf: worse in the whole; alone nothing is shown
 LAYER_BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 NOISE = 0.05  # of a matrix's root mean square
 DECAYS = ("0.02", "0.065", "0.09")  # beside golf's 0.04: from half of it to what the field took to

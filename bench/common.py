@@ -253,10 +253,10 @@ def setup(scale, **sizes):
     return cfg, run, model, PlainGPT(model, attention)
 
 
-def random_text(folder, cfg, batches=9):
-    """Training data of `batches` batches of random tokens, as load_data gives it."""
+def random_text(folder, cfg):
+    """Training data of nine batches of random tokens, as load_data gives it."""
     path = Path(folder, f"{cfg.scale}.bin")
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, batches * cfg.train_batch_tokens)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 9 * cfg.train_batch_tokens)
     golf.write_shard(path, tokens)
     return SimpleNamespace(train=golf.TokenStream([str(path)], cfg.vocab_size))
 
@@ -317,8 +317,8 @@ def in_turn(name, run, work, args):
         for side in work if number % 2 else reversed(work):
             seconds, peak[side] = timed(work[side], run)
             times[side].append(seconds)
-    count = min(len(t) for t in times.values())
-    return {side: statistics.median(t) for side, t in times.items()}, peak, count
+    middle = {side: statistics.median(t) for side, t in times.items()}
+    return middle, peak, len(next(iter(times.values())))
 
 
 def alternate(name, run, work, args):

@@ -84,9 +84,10 @@ NOISE = 0.05  # of a matrix's root mean square
 DECAYS = ("0.02", "0.065", "0.09")  # beside golf's 0.04: from half of it to what the field took to
 
 
-def together(names) -> dict[str, str]:
-    """The settings of several ingredients."""
-    return {k: v for name in names for k, v in INGREDIENTS[name].items()}
+def without(*names: str) -> dict[str, str]:
+    """The settings of all ingredients but these."""
+    kept = (own for name, own in INGREDIENTS.items() if name not in names)
+    return {key: value for own in kept for key, value in own.items()}
 
 
 class Arm(NamedTuple):
@@ -98,22 +99,16 @@ class Arm(NamedTuple):
 
 def arms() -> dict[str, Arm]:
     """Every arm, by name."""
-    chosen = {name for name in INGREDIENTS if name != LEFT_OUT}
-    found = {
-        "old": Arm("", {}),
-        "golf": Arm("old", together(chosen)),
-        "whole": Arm("old", together(INGREDIENTS)),
-    }
-    for name, own in INGREDIENTS.items():
-        found[f"plus_{name}"] = Arm("old", own)
-    for name in sorted(chosen):
-        found[f"minus_{name}"] = Arm("whole", together(INGREDIENTS.keys() - {name}))
-    for name in sorted(chosen):
-        found[f"golf_minus_{name}"] = Arm("golf", together(chosen - {name}))
-    for decay in DECAYS:
-        settings = {"MUON_WD": decay, "EMBED_WD": decay}
-        found[f"golf_decay_{decay}"] = Arm("golf", found["golf"].settings | settings)
-    return found
+    golfs = without(LEFT_OUT)
+    chosen = [name for name in INGREDIENTS if name != LEFT_OUT]
+    decays = {f"golf_decay_{d}": golfs | {"MUON_WD": d, "EMBED_WD": d} for d in DECAYS}
+    return (
+        {"old": Arm("", {}), "golf": Arm("old", golfs), "whole": Arm("old", without())}
+        | {f"plus_{name}": Arm("old", own) for name, own in INGREDIENTS.items()}
+        | {f"minus_{name}": Arm("whole", without(name)) for name in chosen}
+        | {f"golf_minus_{name}": Arm("golf", without(LEFT_OUT, name)) for name in chosen}
+        | {name: Arm("golf", settings) for name, settings in decays.items()}
+    )
 
 
 def proxy(width: int = WIDTH, steps: int = STEPS) -> dict[str, str]:
@@ -345,9 +340,9 @@ def step_times(names: list[str], args: argparse.Namespace) -> None:
     training of as many steps in that of the first arm, where the loop is on from LOOP_FROM on."""
     cuda = torch.cuda.is_available()
     own = {"SCALE": "full", "LOGS_PATH": tempfile.mkdtemp(), "DEVICE": "cuda" if cuda else "cpu"}
-    # A core takes seconds for one sequence, and minutes to compile these graphs.
-    own |= {"TRAIN_BATCH_TOKENS": str(FULL_TOKENS if cuda else 2048)}
-    own |= {} if cuda else {"COMPUTE": "float32", "COMPILE": "0"}
+    own["TRAIN_BATCH_TOKENS"] = str(FULL_TOKENS if cuda else 2048)
+    if not cuda:  # a core takes seconds for one sequence, and minutes to compile these graphs
+        own |= {"COMPUTE": "float32", "COMPILE": "0"}
     configs = {
         name: golf.load_config(os.environ | OLD | arms()[name].settings | own)[0] for name in names
     }

@@ -20,7 +20,8 @@ def artifact(trained):
 
 
 def evaluated(data, artifact, targets=1024, scored=True, **values):
-    """An evaluation of the tiny artifact over a short stream, scored by its headline."""
+    """An evaluation of the tiny artifact over a short stream, scored by its headline; with sums
+    over the vocabulary unless scored is False."""
     cfg, run, corpus = data
     corpus = golf.replace(corpus, val=corpus.val[: targets + 1])
     cfg, tensors = golf.unpack(
@@ -29,8 +30,8 @@ def evaluated(data, artifact, targets=1024, scored=True, **values):
     model = golf.build_model(cfg, run, {n: t.tensor() for n, t in tensors.items()})
     evaluation = golf.Evaluation(model, corpus, cfg, run)
     evaluation.neural_pass()
+    evaluation.score(evaluation.headline, 0.0)
     if scored:
-        evaluation.score(evaluation.headline, 0.0)
         evaluation.masses()
     return evaluation
 
@@ -62,8 +63,8 @@ def test_fewer_bits_than_claimed_are_no_fault(data, artifact, monkeypatch, more_
     encode = golf.encode_message
 
     def counted(evaluation, runs):
-        message, bits, scores = encode(evaluation, runs)
-        return message, bits + more_bits, scores
+        coded = encode(evaluation, runs)
+        return coded._replace(bits=coded.bits + more_bits)
 
     monkeypatch.setattr(golf, "encode_message", counted)
     evaluation = evaluated(data, artifact, scoring="neural", **SMALL)
@@ -134,6 +135,7 @@ def test_a_target_that_no_window_scores_is_found(data, artifact, monkeypatch):
     monkeypatch.setattr(golf.Grid, "spans_of", hole)
     row = golf.audit_single_pass(evaluated(data, artifact, 1030, False, **SMALL))
     assert not row["passed"] and row["most_times"] == 1 and row["unscored"] == 1
+    assert row["impossible_scores"] >= 1  # what is not scored stays NaN, and what comes of it
 
 
 def test_one_doctored_score_among_the_rescored_is_found(data, artifact, monkeypatch):
@@ -206,7 +208,9 @@ def test_only_the_streams_end_may_cut_a_character(data):
 
     def row(*tokens):
         val = torch.tensor([t for part in tokens for t in part])
-        return golf.audit_bytes(types.SimpleNamespace(data=golf.replace(corpus, val=val)))
+        data = golf.replace(corpus, val=val, text=None)
+        rows = {"neural": golf.score_of(torch.full((len(val) - 1,), -1.0), data.val_bytes)}
+        return golf.audit_bytes(types.SimpleNamespace(data=data, rows=rows, headline="neural"))
 
     assert row(whole, whole)["passed"] and row(whole, whole[:-1])["passed"]
     cut = row(whole[:-1], whole)
@@ -220,7 +224,7 @@ def test_a_message_decodes_in_another_process_from_artifact_and_message(
     the message one run of targets, which is not among the tokens that it holds as they are."""
     evaluation = evaluated(data, artifact, **SMALL)
     runs = [run for run in evaluation.places.coded if run[0] >= 3 * 64][:1]
-    message, bits, scores = golf.encode_message(evaluation, runs)
+    message, bits, scores, _ = golf.encode_message(evaluation, runs)
     (tmp_path / "message").write_bytes(message)
     (tmp_path / "artifact").write_bytes(artifact.read_bytes())
     vocabulary = data[2].corpus["vocabulary_sha256"]
@@ -308,10 +312,9 @@ def test_a_saved_pass_gives_the_same_bits_and_only_its_own(job, artifact, tmp_pa
 
 def test_a_stream_of_one_window_is_audited(job, artifact):
     """Its end is coded, from what is before."""
-    done = job(
-        LOAD_ARTIFACT=str(artifact), VAL_TOKENS="64", MIXER_CHUNK_TOKENS="16", AUDIT="strict"
-    )
+    done = job(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="64", MIXER_CHUNK_TOKENS="16", AUDIT="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert done.stdout.count(" PASS ") >= 5 and " FAIL " not in done.stdout
     assert "audit decodable PASS targets:16 windows:1 prefix_tokens:49" in done.stdout
 
 
@@ -353,7 +356,7 @@ def test_what_a_gpu_runs_is_proved(job):
 @pytest.mark.parametrize("scoring", ["neural", "calibrated", "backoff_hashed"])
 @pytest.mark.parametrize("recipe", ["golf", "pr889", "pr1094"])
 def test_places_lie_where_the_checks_can_see(recipe, scoring):
-    """Of many artifacts: the replaced tokens begin inside a window; coded runs are in whole windows
+    """Of many networks: the replaced tokens begin inside a window; coded runs are in whole windows
     of rows of their own, after no update of tables, and in the first rank's history if it is
     cold."""
     cfg = golf.replace(golf.Config(), **golf.RECIPES[recipe])
@@ -367,7 +370,8 @@ def test_places_lie_where_the_checks_can_see(recipe, scoring):
             neural=types.SimpleNamespace(grid=grid),
             rules=golf.backoff_rules(cfg),
             headline=scoring,
-            artifact=str(number),
+            network=str(number),
+            columns=golf.NeuralColumns(*torch.zeros(4, grid.num_targets)),
         )
         places = golf.draw_places(evaluation)
         assert grid.window_of(places.changed) == grid.window_of(places.changed + 1)

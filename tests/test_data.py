@@ -98,6 +98,7 @@ def test_prepared_text_is_reused_and_made_again_when_it_changes(data, workplace,
     assert set(before) == {
         "tokenizer.model",
         "corpus.json",
+        "text_val.txt",
         "text_train_000000.bin",
         "text_val_000000.bin",
     }

@@ -54,7 +54,9 @@ def test_a_run_ends_with_its_final_line_and_files(trained):
     checks = ("causal", "normalized", "single_pass", "bytes", "decodable")
     assert [(a["name"], a["verdict"]) for a in record["audit"]] == [(n, "PASS") for n in checks]
     verdict = trained.stdout.splitlines()[-2]
-    assert re.fullmatch(r"verdict TOO LITTLE TEXT \(\d+ documents, \d+ bytes\)", verdict)
+    assert re.fullmatch(
+        r"verdict TOO LITTLE TEXT \(\d+ bytes that do not repeat others, of 100000\)", verdict
+    )
     assert submission["verdict"] == verdict.removeprefix("verdict ")
 
 

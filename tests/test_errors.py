@@ -47,7 +47,7 @@ def test_no_data(workplace, run, tmp_path):
     refused(workplace, run, "more text", TEXT_FILES=f"{tmp_path}/*.txt")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     refused(workplace, run, "latin1.txt", "UTF-8", TEXT_FILES=f"{tmp_path}/*.txt")
-    (tmp_path / "short.md").write_text("hello\n" * 30)
+    (tmp_path / "short.md").write_text("".join(f"hello {i}\n" for i in range(30)))
     short = dict(TEXT_FILES=f"{tmp_path}/*.md", PREPARED_PATH=str(tmp_path / "made"))
     refused(workplace, run, "more text", "512", **short)
 
@@ -63,7 +63,7 @@ def test_too_little_data(workplace, run, shards):
     short = shards(train=[5] * 1536, val=[5] * 999)
     refused(workplace, run, "1536 training tokens", "1537", **short)
     refused(workplace, run, "10 validation targets", "EVAL_SEQ_LEN=64", VAL_TOKENS="10")
-    short = shards(train=[5] * 1537, val=[5] * 64)
+    short = shards(train=[5] * 1537, val=[golf.BOS] + [5] * 63)
     refused(workplace, run, "63 validation targets", "EVAL_SEQ_LEN=64", **short)
 
 

@@ -1,6 +1,7 @@
 """The verdict and the warnings: one line of what a score is worth."""
 
 import copy
+import math
 
 import pytest
 
@@ -8,7 +9,14 @@ import train_gpt as golf
 
 RECORD = {
     "final": [{"scoring": "calibrated", "normalized": "yes", "val_bpb": 1.2}],
-    "corpus": {"val_documents": 17},
+    "corpus": {"val_documents": 17, "val_distinct_share": 1.0, "val_in_train_share": 0.01},
+    "config": {
+        "artifact_bytes": 16_000_000,
+        "max_wallclock_seconds": 600.0,
+        "max_eval_seconds": 600.0,
+        "load_artifact": "",
+    },
+    "trained": [{"steps": 7000}],
     "result": [
         {"scoring": "neural", "val_bpb": 1.9, "bytes": 240_000, "tokens": 100_000},
         {"scoring": "calibrated", "val_bpb": 1.2, "bytes": 240_000, "tokens": 100_000, "mass": 1.0},
@@ -45,8 +53,21 @@ def changed(**values):
         (dict(audit=[]), "NOT AUDITED (AUDIT=0)"),
         (dict(audit__verdict="FAIL"), "AUDIT FAILED (causal)"),
         (dict(budget__used=16_000_001), "OVER BUDGET (total_bytes 16000001/16000000)"),
-        (dict(corpus__val_documents=2), "TOO LITTLE TEXT (2 documents, 240000 bytes)"),
-        (dict(result__bytes=99_999), "TOO LITTLE TEXT (17 documents, 99999 bytes)"),
+        (dict(budget__used=16_000_000.0004), "OVER BUDGET (total_bytes 16000000.000/16000000)"),
+        (dict(budget__used=math.nan), "OVER BUDGET (total_bytes nan/16000000)"),
+        (dict(corpus__val_documents=1), "VALID"),  # one long book
+        (
+            dict(result__bytes=99_999),
+            "TOO LITTLE TEXT (99999 bytes that do not repeat others, of 100000)",
+        ),
+        (
+            dict(corpus__val_distinct_share=0.25),
+            "TOO LITTLE TEXT (60000 bytes that do not repeat others, of 100000)",
+        ),
+        (
+            dict(corpus__val_in_train_share=0.987),
+            "NOT HELD OUT (98.7% of the validation text is in the training text)",
+        ),
         (
             dict(interrupted=[{"steps": 7}]),
             "INTERRUPTED (training ended by a signal after 7 steps)",
@@ -74,5 +95,41 @@ def test_what_would_mislead_is_said():
     first, second = golf.warnings_of(record)
     assert "10.00 bytes a target" in first and foreign in second
     for row in record["result"]:
-        row |= dict(tokens=golf.CHALLENGE_TARGETS, bytes=150_000_000)
+        row |= dict(tokens=62_021_632, bytes=151_080_362)
+    record["corpus"]["val_documents"] = 50_000
     assert not [*golf.warnings_of(record)]
+
+
+@pytest.mark.parametrize(
+    "tokens, size, documents, known",
+    [
+        (62_021_632, 151_080_362, 50_000, True),
+        (40_540_160, 151_078_200, 50_000, True),  # in 8,192 pieces
+        (45_508_608, 151_054_500, 50_000, True),  # in 4,096
+        (62_021_632, 150_000_000, 50_000, False),  # another text cut to as many targets
+        (62_021_632, 151_080_362, 49_000, False),
+    ],
+)
+def test_the_challenges_text_is_known_by_bytes_and_documents(tokens, size, documents, known):
+    record = changed(corpus__val_documents=documents)
+    for row in record["result"]:
+        row |= dict(tokens=tokens, bytes=size)
+    foreign = any("not the challenge's validation" in line for line in golf.warnings_of(record))
+    assert foreign != known
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(config__artifact_bytes=32_000_000), "ARTIFACT_BYTES=32000000 is not"),
+        (dict(config__max_wallclock_seconds=36000.0), "MAX_WALLCLOCK_SECONDS=36000 is not"),
+        (dict(config__max_wallclock_seconds=0.0), "MAX_WALLCLOCK_SECONDS=0 is not"),
+        (dict(config__max_eval_seconds=601.0), "MAX_EVAL_SECONDS=601 is not"),
+        (dict(trained=[], config__load_artifact="x"), "text and seed the artifact were made"),
+        (dict(trained=[]), "text and seed the weights were made"),
+        (dict(corpus__val_in_train_share=0.05), "5.0% of the validation text, in runs of 64"),
+    ],
+)
+def test_what_a_budget_or_a_split_does_not_show_is_said(values, words):
+    lines = [*golf.warnings_of(changed(**values))]
+    assert sum(words in line for line in lines) == 1 and len(lines) == 2

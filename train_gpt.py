@@ -1526,8 +1526,6 @@ def check_tokenizer(
     tried = [(f"of {text!r}", encoded[i]) for i, text in enumerate(PROBES) if not unknown[i]]
     tried += [(f"of validation document {i}", tokens) for i, tokens in enumerate(first)]
     reason = ""
-    if not unknown[0] and tokenizer.decode(encoded[0][1:].tolist()) != PROBES[0]:
-        reason = f"{PROBES[0]!r} does not come back when it is encoded and decoded"
     for name, tokens in tried:
         text = tokenizer.decode(tokens[1:].tolist())
         counted, size = int(table.target_bytes(tokens).sum()), len(text.encode())
@@ -1535,6 +1533,9 @@ def check_tokenizer(
             reason = reason or f"{name} a space comes back as U+2581, for want of a piece for it"
         elif counted != size:
             reason = reason or f"{name} its pieces count {counted} bytes, the text has {size}"
+    back = tokenizer.decode(encoded[0][1:].tolist())
+    if not unknown[0] and back != PROBES[0]:
+        reason = reason or f"{PROBES[0]!r} comes back as {back!r}"
     if reason:
         raise RunError(
             f"{path}: bits per byte cannot be told by this tokenizer: {reason}; use one with the "
@@ -1848,7 +1849,7 @@ def cut_documents(documents: list[Document]) -> list[Document]:
     """The documents as they are or, of fewer than LEAST_DOCUMENTS, about so many parts of them."""
     if not are_few(documents):
         return documents
-    size = sum(len(text) for _, text in documents) // LEAST_DOCUMENTS
+    size = sum(map(len, {text for _, text in documents})) // LEAST_DOCUMENTS
     parts = []
     for name, text in documents:
         while text:
@@ -3155,8 +3156,8 @@ PER_OCTAVE = 4  # steps, and the coder's spreads, are quarters of an octave apar
 STEP_EXPONENT = 0.25  # steps go with the mean square gradient to the power of minus this
 FINEST_LOG_STEP = -64.0  # log2 of a multiple of all steps that is finer than any use
 COARSEST_LOG_STEP = 64.0  # log2 of one that is coarser: every code is 0, or as near as rows allow
-NEWTON_TRIALS = 6  # multiples tried by Newton's method, which usually needs 3; each a whole export
-EXPORT_TRIALS = 18  # multiples tried in all, from there on between bounds
+NEWTON_TRIALS = 12  # multiples tried by Newton's method; each is a whole export
+EXPORT_TRIALS = 26  # multiples tried in all, where Newton's method has found none that fits
 BYTES_NEAR = 5e-4  # a trial this share below the budget is good enough
 BYTES_AIM = 0.9998  # share of the budget that the next trial aims at
 GAUSSIAN_BITS = 2.9  # of a Gaussian's code beyond its mean log2 |w / step|: for the first guess
@@ -3425,17 +3426,19 @@ def search_steps(
 
     attempt(log_step) makes an artifact. From a guess, by Newton's method, for an octave is a bit
     per nonzero weight. Near the smallest size an octave is worth less, and Newton's steps are too
-    short: then the coarsest steps are tried, which fit if any do, and every other trial halves
-    the space between what fits and what does not. What cannot fit comes out as small as it gets.
+    short: then the coarsest steps are tried, which fit if any do, and the space between what fits
+    and what does not is halved. What cannot fit comes out as small as it gets.
     """
     blob, found = attempt(FINEST_LOG_STEP), FINEST_LOG_STEP
     if len(blob) <= budget_bytes:
         return blob, found
     low, high, middle = FINEST_LOG_STEP, COARSEST_LOG_STEP, guess
     for number in range(EXPORT_TRIALS):
-        if number == NEWTON_TRIALS and len(blob) > budget_bytes:
+        if number == NEWTON_TRIALS:
+            if len(blob) <= budget_bytes:
+                break
             middle = COARSEST_LOG_STEP
-        elif (number > NEWTON_TRIALS and number % 2) or not low < middle < high:
+        elif number > NEWTON_TRIALS or not low < middle < high:
             middle = (low + high) / 2
         trial = attempt(middle)
         fits = len(trial) <= budget_bytes

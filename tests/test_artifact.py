@@ -524,6 +524,26 @@ def test_a_header_of_a_monster_is_refused_before_memory_is_taken(data):
     assert golf.read_header(text, 0, data[0])[0].model_dim == 64
 
 
+@given(st.floats(-12, 12), st.integers(100, 10**6), st.floats(0, 1), st.floats(0.05, 3))
+def test_whatever_the_coarsest_steps_meet_is_met(guess, nonzero, part, slope):
+    """Sizes that fall slower or faster than Newton's method takes them to, down to a floor."""
+    floor, top, trials = 5000, 5000 + nonzero, []
+
+    def attempt(log_step):
+        trials.append(log_step)
+        return bytes(floor + int((top - floor) / (1 + 2 ** (slope * (log_step + 3)))))
+
+    smallest, largest = len(attempt(golf.COARSEST_LOG_STEP)), len(attempt(golf.FINEST_LOG_STEP))
+    budget = smallest + int(part * (largest - smallest))
+    trials.clear()
+    blob, found = golf.search_steps(attempt, guess, budget, nonzero)
+    assert len(blob) <= budget and len(trials) <= 1 + golf.EXPORT_TRIALS
+    assert blob == attempt(found)
+    if smallest:
+        less, _ = golf.search_steps(attempt, guess, smallest - 1, nonzero)
+        assert len(less) == smallest  # what cannot fit comes out as small as it gets
+
+
 @pytest.mark.slow
 def test_a_calibration_out_of_time_leaves_gptq_out(data, tiny_model, monkeypatch):
     """The time kept for it is never exceeded by more than the longest factor so far."""

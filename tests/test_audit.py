@@ -181,6 +181,67 @@ def test_tables_updated_before_the_score_are_found(data, artifact, monkeypatch):
     assert failed(evaluated(data, artifact, **SMALL), monkeypatch) & {"causal", "decodable"}
 
 
+def test_a_mass_that_is_no_number_is_no_distribution(data, artifact):
+    """Wherever it stands among the samples: NaN is neither above nor below."""
+    evaluation = evaluated(data, artifact, scored=False, **SMALL)
+    distribution, places = evaluation.distribution, evaluation.places.samples
+    networks = evaluation.neural.distributions(places)
+    for spoiled in (list(networks)[0], list(networks)[-1]):
+
+        def one_nan(scoring, target, *more, spoiled=spoiled):
+            logp, ngram = distribution(scoring, target, *more)
+            return logp * (golf.math.nan if target == spoiled else 1.0), ngram
+
+        evaluation.distribution = one_nan
+        facts = evaluation.mass_of("calibrated", networks)
+        assert facts["normalized"] == "no" and golf.math.isnan(facts["mass_error"])
+        evaluation.rows["calibrated"] |= facts
+        assert not golf.audit_normalized(evaluation)["passed"]
+
+
+@pytest.mark.parametrize("value", [golf.math.nan, -golf.math.inf, 0.5])
+def test_a_score_that_is_no_probability_is_found(data, artifact, monkeypatch, value):
+    """Outside of the samples, of the replaced tokens and of the coded targets."""
+    evaluation = evaluated(data, artifact, **SMALL)
+    evaluation.logp["calibrated"][-1] = value
+    evaluation.rows["calibrated"] |= golf.score_of(
+        evaluation.logp["calibrated"], evaluation.data.val_bytes
+    )
+    row = golf.audit_single_pass(evaluation)
+    assert not row["passed"] and row["impossible_scores"] == 1
+
+
+def test_cut_off_streams_are_compared_score_by_score(data, artifact):
+    """One score that no sample, coded target or changed stream touches."""
+    evaluation = evaluated(data, artifact, **SMALL)
+    last = max(golf.rebuilt_samples(evaluation)) // 64 * 64 - 1
+    row = golf.audit_single_pass(evaluation)
+    assert row["passed"] and row["share"] == (last + 1) / 1024 > 0.8
+    evaluation.logp["calibrated"][last] += 1e-12
+    row = golf.audit_single_pass(evaluation)
+    assert not row["passed"] and row["differing_scores"] == 1 and row["wrong_tables"] == 0
+
+
+def test_places_follow_from_what_is_scored_and_not_from_its_spelling(data, artifact):
+    """Of an artifact's bytes they know nothing: another network or other scores draw others."""
+    evaluation = evaluated(data, artifact, scored=False, **SMALL)
+    assert golf.draw_places(evaluation) == evaluation.places
+    seen = {tuple(evaluation.places.samples)}
+    evaluation.columns.logp[17] += 1e-12
+    seen.add(tuple(golf.draw_places(evaluation).samples))
+    evaluation.network = "another"
+    seen.add(tuple(golf.draw_places(evaluation).samples))
+    assert len(seen) == 3
+    cfg, stored = golf.unpack(artifact.read_bytes(), data[0], data[2].corpus["vocabulary_sha256"])
+    digest = golf.network_digest(stored, cfg, "v")
+    assert golf.network_digest(stored, golf.replace(cfg, compressor="lzma"), "v") == digest
+    name = next(k for k, t in stored.items() if isinstance(t, golf.CodedTensor))
+    codes = stored[name].codes.copy()
+    codes.flat[0] ^= 1
+    changed = stored | {name: stored[name]._replace(codes=codes)}
+    assert golf.network_digest(changed, cfg, "v") != digest
+
+
 def test_a_byte_table_off_by_one_is_found(data, artifact, monkeypatch):
     cfg, run, corpus = data
     evaluation = evaluated(data, artifact, **SMALL)

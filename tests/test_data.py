@@ -1,12 +1,15 @@
 """Shards, tokenizer and bytes."""
 
+import collections
 import copy
+import io
 import itertools
 import json
 import tempfile
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +43,108 @@ def test_bytes_of_any_text_balance(tokenizer, data):
         assert int(table.target_bytes(tokens).sum()) == len(text.encode())
 
     check()
+
+
+def model_of(**options):
+    """A SentencePiece model of 330 pieces with these options beside TOKENIZER_OPTIONS."""
+    lines = [f"Line {i} has two  spaces, {i * i} and a word{i % 7} (x)." for i in range(2000)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=330,
+        **golf.TOKENIZER_OPTIONS | options,
+    )
+    return model.getvalue()
+
+
+# The protocol buffer's field of a piece that is the space sign alone, and of one that is not.
+LONE_SPACE, RENAMED = b"\n\x03\xe2\x96\x81", b"\n\x03\xe2\x96\x82"
+TOKENIZERS = {  # options, how the model is changed, what the refusal says; "": none
+    "ours": ({}, (b"", b""), ""),
+    "the challenge's": (
+        dict(
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=True,
+        ),
+        (b"", b""),
+        "",
+    ),
+    "no lone space": ({}, (LONE_SPACE, RENAMED), "U+2581"),
+    "no dummy prefix": (dict(add_dummy_prefix=False), (b"", b""), "count"),
+    "spaces at the end of pieces": (dict(treat_whitespace_as_suffix=True), (b"", b""), "comes"),
+    "lower case": (dict(normalization_rule_name="nmt_nfkc_cf"), (b"", b""), "comes back as 'zebra"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_cannot_tell_bytes_is_refused_before_training(name):
+    options, (before, after), words = TOKENIZERS[name]
+    model = model_of(**options)
+    assert before in model
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.replace(before, after))
+    val = torch.tensor([golf.BOS, *tokenizer.encode("Line 7 has two spaces. \N{SNOWMAN} (x)")])
+    check = (name, tokenizer, golf.ByteTable(tokenizer), val)
+    if not words:
+        golf.check_tokenizer(*check)
+        return
+    with pytest.raises(golf.RunError, match=f"^{name}: .* tokenizer: ") as error:
+        golf.check_tokenizer(*check)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_documents_that_begin_with_a_space_are_tried(tokenizer, data):
+    """Of a table that forgets the space of the dummy prefix: the probes alone would do, and so
+    would the documents."""
+    table = copy.copy(data[2].table)
+    table.space = torch.zeros_like(table.space)
+    with pytest.raises(golf.RunError, match="its pieces count"):
+        golf.check_tokenizer("x", tokenizer, table, data[2].val)
+
+
+def runs_of(tokens):
+    """Every run of RUN_TOKENS tokens, as a tuple."""
+    return [tuple(tokens[i : i + golf.RUN_TOKENS]) for i in range(len(tokens) - 63)]
+
+
+@given(st.data())
+def test_runs_that_are_in_the_training_text_are_counted(run, draw):
+    """Against sets of tuples, over borders of blocks and shards."""
+    rand = np.random.RandomState(draw.draw(st.integers(0, 2**31)))
+    val = rand.randint(0, 5, draw.draw(st.integers(1, 300)))
+    train = rand.randint(0, 5, draw.draw(st.integers(2, 900)))
+    for _ in range(draw.draw(st.integers(0, 3))):  # copies of parts into either
+        begin, size = rand.randint(0, len(val)), rand.randint(1, 200)
+        part = val[begin : begin + size]
+        train = np.insert(train, rand.randint(0, len(train)), part)
+        val = np.concatenate([val, part])
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(golf, "RUN_BLOCK", 100)
+        paths = [golf.Path(folder, f"x_train_{k}.bin") for k in range(2)]
+        for path, part in zip(paths, np.array_split(train, 2), strict=True):
+            golf.write_shard(path, part)
+        stream = golf.TokenStream([str(path) for path in paths], 500)
+        found = golf.count_runs(torch.from_numpy(val), stream, run)
+    own, known = runs_of(val.tolist()), set(runs_of(train.tolist()))
+    assert found == (len(own), len(set(own)), sum(x in known for x in own))
+
+
+def test_long_streams_are_sampled(run, monkeypatch, tmp_path):
+    """As many runs as are wanted, and a share near that of all."""
+    val = np.random.RandomState(0).randint(0, 500, 40_000)
+    golf.write_shard(tmp_path / "x_train_0.bin", val[: len(val) // 4])
+    stream = golf.TokenStream([str(tmp_path / "x_train_0.bin")], 500)
+    monkeypatch.setattr(golf, "MOST_VAL_RUNS", 2000)
+    found = golf.count_runs(torch.from_numpy(val), stream, run)
+    assert 1000 <= found.sampled <= 4000 and found.distinct == found.sampled
+    assert abs(found.in_train / found.sampled - 0.25) < 0.05
+    monkeypatch.setattr(golf, "RUN_BLOCK", 1000)
+    monkeypatch.setattr(golf, "MOST_TRAIN_TOKENS", 2000)  # of 10,000
+    looked_at = sum(len(block) for block in golf.blocks_of_runs(stream, 0, 1))
+    assert looked_at == 2000
+    facts = golf.held_out_facts(torch.from_numpy(val[:10]), None, run)
+    assert facts == {"val_distinct_share": 1.0}
 
 
 def test_prepared_shards_hold_every_document_once(workplace, data, text_folder):
@@ -115,6 +220,27 @@ def test_documents_stay_whole_and_the_split_does_not_depend_on_order():
     share = sum(len(t) for _, t in val) / sum(len(t) for _, t in documents)
     assert 0.1 <= share < 0.15
     assert golf.split_documents(documents[::-1]) == (train, val)
+
+
+@given(st.lists(st.integers(0, 12), min_size=21, max_size=80))
+def test_equal_documents_are_on_one_side(kinds):
+    texts = {k: f"{k} " + "x\n" * (50 + 9 * k) for k in range(13)}
+    documents = [(f"d{i}", texts[k]) for i, k in enumerate(kinds)]
+    if golf.are_few(documents):  # they are cut: equal parts then
+        documents = [(f"d{i}", texts[k] + "y\n" * i) for i, k in enumerate(kinds)]
+        documents += documents[:9]
+    train, val = golf.split_documents(documents)
+    assert train and val
+    assert not {text for _, text in train} & {text for _, text in val}
+    assert sorted(train + val) == sorted(documents)
+
+
+def test_copies_of_one_document_are_cut_into_equal_parts(tmp_path):
+    text = "".join(f"line {i} of a page\n" for i in range(300))
+    train, val = golf.split_documents([(f"copy {i}", text) for i in range(200)])
+    assert not {text for _, text in train} & {text for _, text in val}
+    counts = collections.Counter(text for _, text in train + val)
+    assert set(counts.values()) == {200} and len(counts) >= 15
 
 
 def test_the_split_does_not_depend_on_where_the_files_lie():
@@ -216,6 +342,25 @@ def test_a_token_outside_the_vocabulary_names_the_file(tmp_path):
     path = shard(tmp_path / "x_val_0.bin", tokens=b"\x05\x00" * 9 + b"\x00\x02")
     with pytest.raises(golf.RunError, match="token 512 at 9, not below 512"):
         golf.TokenStream([path], 512).read(0, 2)
+
+
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        ([golf.BOS] + [0] * 99, "of 100 tokens 1 begin documents and 99 are"),
+        ([golf.BOS] + [5] * 49 + [0] * 50, "and 50 are control"),
+        ([golf.BOS] * 60 + [5] * 40, "60 begin documents and 0 are"),
+        ([golf.BOS] + [3] * 10 + [5] * 89, "and 10 are control"),
+    ],
+)
+def test_a_shard_whose_content_was_lost_is_refused(tmp_path, tokens, words):
+    """Its size is right: tokens that stand for no text are counted."""
+    golf.write_shard(tmp_path / "x_val_0.bin", np.array(tokens))
+    textless = np.arange(500) < 4
+    with pytest.raises(golf.RunError, match=words):
+        golf.TokenStream([str(tmp_path / "x_val_0.bin")], 500, textless=textless)
+    golf.write_shard(tmp_path / "y_val_0.bin", np.array([golf.BOS, 5, 2] + [5] * 97))
+    golf.TokenStream([str(tmp_path / "y_val_0.bin")], 500, textless=textless)
 
 
 @given(st.binary(max_size=3000))

@@ -303,3 +303,11 @@ def test_mixing_asks_the_device_for_no_value():
     logp, evidence = mixer.predict(x)
     mixer.update(evidence)
     assert logp.shape == (n,)
+
+
+def test_the_bits_of_a_score_do_not_depend_on_what_follows():
+    """Wherever the stream ends: a chunk that is cut off has the scores of a whole one."""
+    tokens, logp = text(3 * CHUNK + 7), network(3 * CHUNK + 7)
+    whole = batched(tokens, logp)
+    for end in range(1, len(logp), 3):
+        assert torch.equal(batched(tokens[: end + 1], logp[:end]), whole[:end]), end

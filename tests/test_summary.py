@@ -42,7 +42,8 @@ def runs(trained, tmp_path):
         record = json.loads(json.dumps(trained.record))
         record["final"][-1] |= dict(seed=seed, val_bpb=bpb, val_loss=2 * bpb)
         record["config"] |= dict(seed=seed, run_id=f"run{seed}", github_id="a-tester")
-        record["verdict"] = [{}]
+        record["config"]["max_wallclock_seconds"] = 600.0
+        record["verdict"], record["network_sha256"] = [{}], f"network of seed {seed}"
         record["facts"]["code_sha256"] = code
         paths.append(tmp_path / f"run{seed}.json")
         paths[-1].write_text(json.dumps(record))
@@ -71,6 +72,34 @@ def test_table_and_statistics(runs):
         assert f"run{seed}" in done.stdout and f"{bpb:.8f}" in done.stdout
     assert done.stdout.count("calibrated") == 3 and done.stdout.count(" PASS ") == 3
     assert done.stdout.count("  VALID\n") == 3 and not done.stderr
+
+
+@pytest.mark.parametrize("values", [dict(trained=[]), dict(config__max_wallclock_seconds=0.0)])
+def test_runs_that_did_not_train_under_a_cap_are_no_result(runs, tmp_path, values):
+    """Two scores of loaded artifacts are no two seeds, whatever their records say."""
+    record = json.loads(runs[0].read_text())
+    for path in runs:
+        record = json.loads(path.read_text())
+        record["trained"] = values.get("trained", record["trained"])
+        record["config"] |= {"max_wallclock_seconds": 0.0} if "trained" not in values else {}
+        path.write_text(json.dumps(record))
+    assert summary(*runs).returncode == 0
+    for options in (["--baseline", "1.3"], ["--record", tmp_path / "x"]):
+        done = summary(*runs, *options)
+        assert done.returncode == 2 and "not trained under a cap" in done.stderr
+        assert str(runs[0]) in done.stderr and "--untrained" in done.stderr
+    done = summary(*runs, "--record", tmp_path / "x", "--untrained")
+    assert done.returncode == 0, done.stderr
+    assert "Not trained under a cap" in (tmp_path / "x/README.md").read_text()
+    assert json.loads((tmp_path / "x/submission.json").read_text())["trained_under_cap"] is False
+
+
+def test_one_network_is_not_two_seeds(runs):
+    network = json.loads(runs[0].read_text())["network_sha256"]
+    record = json.loads(runs[2].read_text()) | {"network_sha256": network}
+    runs[2].write_text(json.dumps(record))
+    done = summary(*runs, "--baseline", "1.3")
+    assert done.returncode == 2 and f"{runs[2]}: the same network as {runs[0]}" in done.stderr
 
 
 def test_warnings_of_the_runs_go_along(runs, tmp_path):
@@ -352,7 +381,10 @@ def test_a_record_without_an_author_is_warned_of(runs, tmp_path, blank):
         (dict(config__recipe="pr889"), ["RECIPE is golf", "pr889 in"]),
         (dict(config__scale="full"), ["SCALE is demo", "full in"]),
         (dict(config__eval_stride=32), ["EVAL_STRIDE is 16", "32 in"]),
-        (dict(config__max_wallclock_seconds=1200.0), ["MAX_WALLCLOCK_SECONDS is 0.0", "1200.0 in"]),
+        (
+            dict(config__max_wallclock_seconds=1200.0),
+            ["MAX_WALLCLOCK_SECONDS is 600.0", "1200.0 in"],
+        ),
         (dict(config__matrix_lr=0.05), ["MATRIX_LR is 0.025", "0.05 in"]),
         (dict(final__scoring="neural"), ["scoring is calibrated", "neural in"]),
         (dict(facts__code_sha256="x"), ["code_sha256 is", "x in"]),

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import subprocess
 
 import pytest
 
@@ -133,3 +135,41 @@ def test_the_challenges_text_is_known_by_bytes_and_documents(tokens, size, docum
 def test_what_a_budget_or_a_split_does_not_show_is_said(values, words):
     lines = [*golf.warnings_of(changed(**values))]
     assert sum(words in line for line in lines) == 1 and len(lines) == 2
+
+
+def test_the_revision_is_this_files_or_unknown(tmp_path, monkeypatch):
+    """A lone copy inside of somebody else's repository has no revision, and asking for it starts
+    nothing that the repository's settings name."""
+    file, ran = tmp_path / "train_gpt.py", tmp_path / "ran"
+    program = tmp_path / "monitor.sh"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+
+    def git(*words):
+        own = ["-c", "user.name=x", "-c", "user.email=x", "-c", "core.fsmonitor=false"]
+        done = subprocess.run(
+            ["git", *own, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    monkeypatch.setattr(golf, "__file__", str(file))
+    file.write_text("print()\n")
+    assert golf.revision() == "unknown"
+    git("init", "-q")
+    for name in ("core.fsmonitor", "core.hooksPath", "filter.x.clean", "core.pager"):
+        git("config", name, str(program))
+    (tmp_path / ".gitattributes").write_text("*.py filter=x\n")
+    (tmp_path / "other").write_text("theirs")
+    git("add", "other")
+    git("commit", "-q", "-m", "theirs")
+    assert golf.revision() == "unknown"
+    git("-c", "filter.x.clean=cat", "add", "train_gpt.py")
+    git("-c", "filter.x.clean=cat", "commit", "-q", "-m", "ours")
+    ran.unlink(missing_ok=True)
+    commit = git("rev-parse", "HEAD")
+    assert golf.revision() == commit
+    file.write_text("print(1)\n")
+    assert golf.revision() == commit + "+"
+    monkeypatch.setenv("GIT_DIR", os.fspath(tmp_path / "nowhere"))
+    assert golf.revision() == commit + "+"
+    assert not ran.exists()

@@ -6,6 +6,7 @@
         --submission FILE                the challenge's submission.json over all seeds
         --record DIR                     the challenge's records folder, which runs from there
         --any-verdict                    these three of runs whose verdict is not VALID, and say so
+        --untrained                      these three of runs that trained nothing, and say so
         --mixed                          the table alone, of runs that are not alike
 
 Files that are no record of a finished run (`*.submission.json`) are skipped, each with a line on
@@ -68,6 +69,7 @@ AUTHORS = {"AUTHOR": "author", "GITHUB_ID": "github_id"}
 # openai/parameter-golf, README.md, "Submission Process", 1: new records "must beat the existing
 # SOTA by at least 0.005 nats" and "show at `p < 0.01`" that they do. Nats a token, as val_loss is.
 RECORD_NATS, RECORD_P = 0.005, 0.01
+UNTRAINED = "**Not trained under a cap** in these runs: nothing shows how the networks were made."
 
 
 class SummaryError(Exception):
@@ -211,11 +213,45 @@ def check_verdicts(runs: list[dict]) -> None:
         raise SummaryError(f"not VALID: {told} (--any-verdict goes on, and the files say so)")
 
 
+def untrained(runs: list[dict]) -> list[str]:
+    """Paths of runs that trained nothing, or under no cap: of a network that was loaded nobody
+    knows the time, the text or the seed."""
+    return [
+        str(run["path"])
+        for run in runs
+        if not run.get("trained") or not run["config"].get("max_wallclock_seconds")
+    ]
+
+
+def check_trained(runs: list[dict]) -> None:
+    """SummaryError for runs that did not train under a cap."""
+    paths = untrained(runs)
+    if paths:
+        raise SummaryError(
+            f"not trained under a cap in the run itself: {', '.join(paths)} (--untrained goes on, "
+            "and the files say so)"
+        )
+
+
+def check_networks(runs: list[dict]) -> None:
+    """SummaryError for one network under two seeds: its scores are no two samples."""
+    networks: dict[str, str] = {}
+    for run in runs:
+        network, path = run.get("network_sha256"), str(run["path"])
+        if network and networks.setdefault(network, path) != path:
+            raise SummaryError(f"{path}: the same network as {networks[network]}, not another seed")
+
+
 def warnings_of(runs: list[dict]) -> list[str]:
     """The runs' own warnings, each once: what would mislead who reads the score."""
     return [
         f"warning: {text}" for text in dict.fromkeys(w for r in runs for w in r.get("warnings", []))
     ]
+
+
+def rounded(seconds: float | None) -> float | None:
+    """Seconds to the millisecond; None stays."""
+    return seconds if seconds is None else round(seconds, 3)
 
 
 def row(run: dict) -> dict:
@@ -231,8 +267,8 @@ def row(run: dict) -> dict:
         normalized=final["normalized"],
         audit=audit_text(run.get("audit", [])),
         steps=trained.get("steps"),
-        train_seconds=trained.get("train_seconds"),
-        eval_seconds=used.get("eval_seconds"),
+        train_seconds=rounded(trained.get("train_seconds")),
+        eval_seconds=rounded(used.get("eval_seconds")),
         total_bytes=final["total_bytes"],
         verdict=verdict_text(run),
     )
@@ -412,6 +448,7 @@ def submission(runs: list[dict], rows: list[dict], test: dict) -> dict:
         scoring=rows[0]["scoring"],
         normalized=all(r["normalized"] == "yes" for r in rows),
         verdict=verdict_of_all(rows),
+        trained_under_cap=not untrained(runs),
         bytes_total=max(r["total_bytes"] for r in rows),
         bytes_code=facts.get("code_bytes"),
         world_size=facts["world_size"],
@@ -494,6 +531,7 @@ def readme(runs: list[dict], rows: list[dict], result: dict, tested: str) -> str
             f"Mean val_bpb {result['val_bpb']:.8f}, scored by "
             f"{rows[0]['scoring']} (normalized: {rows[0]['normalized']}).",
             "Verdict: VALID." if valid else f"**Not a valid score**: {result['verdict']}.",
+            *([] if result["trained_under_cap"] else [UNTRAINED]),
             *([tested[0].upper() + tested[1:] + "."] if tested else []),
             *(f"{line[0].upper() + line[1:]}." for line in warnings_of(runs)),
             "",
@@ -522,8 +560,12 @@ def run(options) -> None:
         check_alike(runs)
     elif is_result:
         raise SummaryError("--mixed shows the table only")
+    if is_result:
+        check_networks(runs)
     if is_result and not options.any_verdict:
         check_verdicts(runs)
+    if is_result and not options.untrained:
+        check_trained(runs)
     rows = [row(r) for r in runs]
     tested, test = "", {}
     if options.baseline:
@@ -549,6 +591,7 @@ def main() -> int:
     parser.add_argument("--submission", default="", help="file to write")
     parser.add_argument("--record", default="", help="folder to make")
     parser.add_argument("--any-verdict", action="store_true", help="take runs that are not VALID")
+    parser.add_argument("--untrained", action="store_true", help="take runs without a training")
     parser.add_argument("--mixed", action="store_true", help="table of runs that are not alike")
     parser.add_argument("--force", action="store_true", help="replace an existing submission")
     try:

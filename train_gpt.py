@@ -1652,13 +1652,13 @@ def read_data(source: DataSource, cfg: Config, run: Run) -> Data:
     textless = table.boundary.numpy()
     train = open_train_stream(paths["train"], textless, cfg, run) if paths["train"] else None
     val = read_validation(paths["val"], textless, cfg, run)
-    check_tokenizer(source.tokenizer_path, tokenizer, table, val)
     unknown = int((val[1:] == tokenizer.unk_id()).sum())
     if unknown or not table.target_bytes(val).any():
         raise RunError(
             f"{paths['val'][0]}: of {len(val) - 1} validation targets {unknown} are unknown "
             "pieces, whose bytes nobody knows; a score needs text that its tokenizer can spell"
         )
+    check_tokenizer(source.tokenizer_path, tokenizer, table, val)
     corpus = source.facts | {
         "tokenizer": source.tokenizer_path,
         "val_targets": len(val) - 1,
@@ -3155,7 +3155,7 @@ class Checkpoint:
 PER_OCTAVE = 4  # steps, and the coder's spreads, are quarters of an octave apart
 STEP_EXPONENT = 0.25  # steps go with the mean square gradient to the power of minus this
 FINEST_LOG_STEP = -64.0  # log2 of a multiple of all steps that is finer than any use
-COARSEST_LOG_STEP = 64.0  # log2 of one that is coarser: every code is 0, or as near as rows allow
+COARSEST_LOG_STEP = 64.0  # log2 of one that is coarser than any use: every code is 0
 NEWTON_TRIALS = 12  # multiples tried by Newton's method; each is a whole export
 EXPORT_TRIALS = 26  # multiples tried in all, where Newton's method has found none that fits
 BYTES_NEAR = 5e-4  # a trial this share below the budget is good enough
@@ -3426,29 +3426,32 @@ def search_steps(
 
     attempt(log_step) makes an artifact. From a guess, by Newton's method, for an octave is a bit
     per nonzero weight. Near the smallest size an octave is worth less, and Newton's steps are too
-    short: then the coarsest steps are tried, which fit if any do, and the space between what fits
-    and what does not is halved. What cannot fit comes out as small as it gets.
+    short: then coarse steps are tried, from the coarsest on, for where every code is 0 sizes still
+    differ by a word; and the space between what fits and what does not is halved. What cannot fit
+    comes out as small as it gets.
     """
     blob, found = attempt(FINEST_LOG_STEP), FINEST_LOG_STEP
     if len(blob) <= budget_bytes:
         return blob, found
-    low, high, middle = FINEST_LOG_STEP, COARSEST_LOG_STEP, guess
+    low, high, middle, coarse = FINEST_LOG_STEP, COARSEST_LOG_STEP, guess, COARSEST_LOG_STEP
     for number in range(EXPORT_TRIALS):
-        if number == NEWTON_TRIALS:
-            if len(blob) <= budget_bytes:
-                break
-            middle = COARSEST_LOG_STEP
-        elif number > NEWTON_TRIALS or not low < middle < high:
+        is_newtons, one_fits = number < NEWTON_TRIALS, len(blob) <= budget_bytes
+        if not is_newtons and not one_fits:
+            middle, coarse = coarse, coarse / 2
+        elif not is_newtons or not low < middle < high:
             middle = (low + high) / 2
+        if middle <= low or (number == NEWTON_TRIALS and one_fits):
+            break
         trial = attempt(middle)
         fits = len(trial) <= budget_bytes
         if fits or len(trial) < len(blob):
             blob, found = trial, middle
         if fits and budget_bytes - len(trial) < BYTES_NEAR * budget_bytes:
             break
-        if middle == COARSEST_LOG_STEP and not fits:
-            break
-        low, high = (low, middle) if fits else (middle, high)
+        if fits:
+            high = middle
+        elif is_newtons or one_fits:
+            low = middle
         middle += 8 * (len(trial) - BYTES_AIM * budget_bytes) / nonzero
     return blob, found
 

@@ -54,16 +54,21 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import traceback
@@ -99,9 +104,15 @@ class RunError(Exception):
     """Bad input or a failed stage: one line for the user, a non-zero exit on every rank."""
 
 
-NONNEGATIVE = (0, math.inf)
-POSITIVE = (1, math.inf)
+# Ranges of numbers. Each has an end that no use comes near, so that a slip of the pen is told at
+# once: what is larger ends after minutes in an overflow, or never.
+NONNEGATIVE = (0, 10**12)
+POSITIVE = (1, 10**12)
 FRACTION = (0, 1)
+BELOW_ONE = (0, 1 - 1e-9)
+RATE = (0, 100)  # learning rates, decays, gains
+SECONDS = (0, 10**8)  # three years
+WHOLE_SECONDS = (1, 10**8)
 
 
 def setting(default, meaning: str, allowed=None):
@@ -137,7 +148,7 @@ class RunSettings:
         "auto", "attention back end", ["auto", "flash3", "cudnn", "flash2", "sdpa"]
     )
     dist_timeout_seconds: float = setting(
-        1800.0, "a rank silent for so long ends the run", POSITIVE
+        1800.0, "a rank silent for so long ends the run", WHOLE_SECONDS
     )
     picture: bool = setting(True, "0: no picture of the run")
     author: str = setting("", "author, for submission.json")
@@ -163,21 +174,21 @@ class ModelSettings:
 
     num_layers: int = setting(11, "blocks", (2, 256))
     model_dim: int = setting(512, "width", (8, 65536))
-    num_heads: int = setting(8, "query heads", POSITIVE)
-    num_kv_heads: int = setting(4, "key and value heads", POSITIVE)
+    num_heads: int = setting(8, "query heads", (1, 65536))
+    num_kv_heads: int = setting(4, "key and value heads", (1, 65536))
     mlp_mult: float = setting(4.0, "hidden width of the MLP over model_dim", (0.1, 64))
     relu_slope: float = setting(0.5, "MLP activation: leaky_relu(x, slope) squared", FRACTION)
-    tied_embed_init_std: float = setting(0.005, "std of the token embedding at the start")
-    proj_init_gain: float = setting(1.0, "gain at the start of bigram_proj and value_proj")
+    tied_embed_init_std: float = setting(0.005, "std of the token embedding at the start", RATE)
+    proj_init_gain: float = setting(1.0, "gain at the start of bigram_proj and value_proj", RATE)
     logit_softcap: float = setting(30.0, "logits are softcap*tanh(x/softcap)", (1e-3, 1e6))
-    qk_gain_init: float = setting(5.0, "start of the queries' per-head gain")
+    qk_gain_init: float = setting(5.0, "start of the queries' per-head gain", (0, 1e4))
     rope_base: float = setting(10000.0, "base of the rotary embedding (RoPE)", (1, 1e9))
     rope_dims: int = setting(16, "rotated dims of each head; even", (2, 65536))
     ln_scale: bool = setting(True, "scale normed inputs by 1/sqrt(layer+1)")
-    bigram_vocab_size: int = setting(2048, "rows of the bigram-hash embedding; 0: none")
-    bigram_dim: int = setting(128, "its width", POSITIVE)
+    bigram_vocab_size: int = setting(2048, "rows of the bigram-hash embedding; 0: none", (0, 2**24))
+    bigram_dim: int = setting(128, "its width", (1, 65536))
     ve_enabled: bool = setting(True, "value embedding on ve_layers")
-    ve_dim: int = setting(128, "its width", POSITIVE)
+    ve_dim: int = setting(128, "its width", (1, 65536))
     ve_layers: tuple[int, ...] = setting((9, 10), "layers with a value embedding")
     xsa_last_n: int = setting(11, "last layers with exclusive self-attention (XSA)")
     value_residual: bool = setting(False, "mix every layer's values with the first layer's")
@@ -188,7 +199,7 @@ class ModelSettings:
     attn_gate: bool = setting(True, "a gate a head on attention's output, by its input")
     content_smear: bool = setting(True, "smear by a token's embedding, and not over BOS")
     mtp_num_heads: int = setting(0, "multi-token prediction heads; trained, not exported", (0, 16))
-    mtp_loss_weight: float = setting(0.2, "weight of their mean loss")
+    mtp_loss_weight: float = setting(0.2, "weight of their mean loss", RATE)
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,7 @@ class TrainingSettings:
     """The training loop (section 8)."""
 
     iterations: int = setting(20000, "most training steps")
-    max_wallclock_seconds: float = setting(600.0, "cap on training time; 0: none")
+    max_wallclock_seconds: float = setting(600.0, "cap on training time; 0: none", SECONDS)
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", POSITIVE)
     micro_batch_tokens: int = setting(0, "tokens of a rank's forward pass; 0: its share, <= 98,304")
     train_seq_len: int = setting(2048, "tokens of a training sequence", (2, 10**6))
@@ -207,7 +218,7 @@ class TrainingSettings:
     val_loss_every: int = setting(4000, "steps between validations; 0: at the end only")
     val_batch_size: int = setting(524288, "tokens of a validation batch, over 8 ranks", POSITIVE)
     train_log_every: int = setting(200, "steps between training lines")
-    checkpoint_seconds: float = setting(0.0, "training time between checkpoints; 0: none")
+    checkpoint_seconds: float = setting(0.0, "training time between checkpoints; 0: none", SECONDS)
     resume: bool = setting(False, "1: go on from the checkpoint of RUN_ID")
     averaging: str = setting("ema", "weights to export", ["ema", "swa", "none"])
     ema_decay: float = setting(0.997, "per step of schedule_steps", FRACTION)
@@ -219,21 +230,21 @@ class TrainingSettings:
 class OptimizerSettings:
     """Muon and AdamW (section 7)."""
 
-    matrix_lr: float = setting(0.025, "Muon's lr")
-    scalar_lr: float = setting(0.025, "AdamW's lr of vectors")
-    tied_embed_lr: float = setting(0.035, "AdamW's lr of embeddings and tied head")
-    head_lr: float = setting(0.008, "AdamW's lr of MTP heads")
+    matrix_lr: float = setting(0.025, "Muon's lr", RATE)
+    scalar_lr: float = setting(0.025, "AdamW's lr of vectors", RATE)
+    tied_embed_lr: float = setting(0.035, "AdamW's lr of embeddings and tied head", RATE)
+    head_lr: float = setting(0.008, "AdamW's lr of MTP heads", RATE)
     muon_momentum: float = setting(0.97, "Muon's momentum", FRACTION)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the start", FRACTION)
     muon_momentum_warmup_steps: int = setting(1500, "steps until full momentum")
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", (1, 20))
     muon_row_norm: bool = setting(True, "1: rows of Muon's updates are normalized (MuonEq-R)")
-    muon_wd: float = setting(0.04, "Muon's decoupled weight decay")
-    beta1: float = setting(0.9, "AdamW's beta 1", FRACTION)
-    beta2: float = setting(0.95, "AdamW's beta 2", FRACTION)
+    muon_wd: float = setting(0.04, "Muon's decoupled weight decay", RATE)
+    beta1: float = setting(0.9, "AdamW's beta 1", BELOW_ONE)
+    beta2: float = setting(0.95, "AdamW's beta 2", BELOW_ONE)
     adam_eps: float = setting(1e-8, "AdamW's epsilon", FRACTION)
-    adam_wd: float = setting(0.04, "AdamW's decoupled weight decay of vectors")
-    embed_wd: float = setting(0.04, "AdamW's decoupled weight decay of embeddings and heads")
+    adam_wd: float = setting(0.04, "AdamW's decoupled weight decay of vectors", RATE)
+    embed_wd: float = setting(0.04, "AdamW's decoupled weight decay of embeddings and heads", RATE)
     grad_clip_norm: float = setting(0.3, "largest norm of the averaged gradient; 0: no clipping")
 
 
@@ -241,7 +252,7 @@ class OptimizerSettings:
 class ArtifactSettings:
     """Quantization and the file that is shipped (sections 9 and 10)."""
 
-    gptq_seconds: float = setting(10.0, "training time kept for calibration; 0: no GPTQ")
+    gptq_seconds: float = setting(10.0, "training time kept for calibration; 0: no GPTQ", SECONDS)
     matrix_bits: int = setting(6, "bits of a matrix code; with ans, on average", (2, 8))
     embed_bits: int = setting(8, "bits of an embedding code, likewise", (2, 8))
     compressor: str = setting(
@@ -258,8 +269,8 @@ class EvaluationSettings:
 
     eval_seq_len: int = setting(2048, "tokens of a window", (2, 10**6))
     eval_stride: int = setting(64, "targets a window scores", POSITIVE)
-    eval_batch_windows: int = setting(128, "windows of a batch", POSITIVE)
-    max_eval_seconds: float = setting(600.0, "budget of the evaluation", POSITIVE)
+    eval_batch_windows: int = setting(128, "windows of a batch", (1, 2**16))
+    max_eval_seconds: float = setting(600.0, "budget of the evaluation", WHOLE_SECONDS)
     save_pass: bool = setting(False, "1: keep the neural pass, for RESUME_EVAL and bench/mixers.py")
     resume_eval: bool = setting(False, "1: take the neural pass that was kept; if none, keep one")
     scoring: str = setting("calibrated", "headline", ["neural", "backoff", "calibrated"])
@@ -291,7 +302,7 @@ class MixingSettings:
     ngram_buckets: int = setting(2**22, "hashed: buckets of an order's table", (1, 2**30))
     ngram_match: str = setting("context", "hashed: what counts as a match", ["context", "pair"])
     ngram_granularity: str = setting("window", "hashed: counts lag", ["token", "window", "batch"])
-    ngram_batch_windows: int = setting(128, "hashed: windows of a batch of counts", POSITIVE)
+    ngram_batch_windows: int = setting(128, "hashed: windows of a batch of counts", (1, 10**6))
     ngram_history: str = setting("prefill", "hashed: a rank's start", ["prefill", "cold"])
     ngram_primes: tuple[int, ...] = setting(
         (36313, 27191, 51647, 81929, 131071, 174763, 233017), "hashed: multipliers of tokens"
@@ -463,6 +474,16 @@ def model_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "lanes_from", f"0, or more than LOOP_LAST {cfg.loop_last}"
 
 
+# Suffixes of what a run writes, and the longest name that file systems take, in bytes.
+SUFFIXES = (".submission.json", ".checkpoint", ".safetensors", ".int6.ptz")
+LONGEST_NAME = 255 - 24  # what tempfile adds before the name of a file that is being written
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text can be the name of a file in a folder, and be read in a line of a log."""
+    return name.isprintable() and not {"/", os.sep} & {*name} and not name.startswith(".")
+
+
 def run_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     """Yield (setting, what it must be) of contradictions in training and evaluation."""
     trains = not (cfg.load_artifact or cfg.load_weights)
@@ -473,8 +494,14 @@ def run_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
             yield name, f"divisible by TRAIN_SEQ_LEN {cfg.train_seq_len}"
     if trains and not cfg.max_wallclock_seconds and not cfg.iterations:
         yield "iterations", "above 0 where MAX_WALLCLOCK_SECONDS is 0"
-    if "/" in cfg.run_id:
-        yield "run_id", "without '/'"
+    longest = max(map(len, SUFFIXES)) + 8  # behind the name, or the number of a second run of it
+    if len(os.fsencode(cfg.run_id)) + longest > LONGEST_NAME or not is_plain_name(cfg.run_id):
+        yield (
+            "run_id",
+            f"a file's name of printable characters, at most {LONGEST_NAME - longest} bytes",
+        )
+    if cfg.train_seq_len <= cfg.mtp_num_heads:
+        yield "mtp_num_heads", f"below TRAIN_SEQ_LEN {cfg.train_seq_len}"
     if cfg.sample and not cfg.load_artifact:
         yield "sample", "empty without LOAD_ARTIFACT"
     if cfg.resume_eval and cfg.audit == "strict":
@@ -569,8 +596,13 @@ FAMILIAR = {
 # Names that other programs set: of theirs, those that look like ours; of ours, those they share.
 FOREIGN_VARIABLES = ("LOG_PATH",)
 SHARED_VARIABLES = ("DEBUG", "SEED", "SCALE", "DEVICE", "COMPILE")
+# Values of shared variables that mean a device, ours or not: an error, for they were meant for us.
+DEVICE_VALUE = re.compile(r"(cpu|cuda|gpu|mps|xpu|tpu|xla|hip|rocm|npu|hpu|meta)(:\d+)?", re.I)
+PATHS = ("logs_path", "data_path", "tokenizer_path", "prepared_path", "load_weights")
+PATHS += ("load_artifact",)  # of which "~" is the home folder
 
 BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+BOOLEANS |= {"no": False, "yes": True, "off": False, "on": True}
 
 
 def parse_number(text: str, number: type, allowed: tuple[float, float]) -> tuple[Any, str]:
@@ -600,6 +632,9 @@ def parse_value(name: str, text: str):
     kind, allowed = FIELDS[name].type, FIELDS[name].metadata["allowed"]
     number = float if "float" in kind else int
     if kind == "str":
+        if allowed and {"0", "1"} <= {*allowed} and text.strip().lower() in BOOLEANS:
+            text = str(int(BOOLEANS[text.strip().lower()]))
+        text = os.path.expanduser(text) if name in PATHS else text
         value = text if not allowed or text in allowed else None
         expected = ", ".join(allowed or ())
     elif kind == "bool":
@@ -615,7 +650,7 @@ def parse_value(name: str, text: str):
 
 def is_foreign(variable: str, text: str) -> bool:
     """Whether another program has set a variable of SHARED_VARIABLES: no value of ours is near."""
-    if variable not in SHARED_VARIABLES:
+    if variable not in SHARED_VARIABLES or (variable == "DEVICE" and DEVICE_VALUE.fullmatch(text)):
         return False
     shared = FIELDS[VARIABLES[variable]]
     if shared.type == "int":
@@ -686,23 +721,32 @@ def record_of_artifact(path: Path) -> dict[str, Any]:
     loaders tell later). RunError without a file."""
     if not path.is_file():
         raise RunError(f"LOAD_ARTIFACT={path}: there is no such file")
-    record = path.with_name(path.name.split(".int")[0] + ".json")
+    record = path.with_name(re.sub(r"\.int\d+\.ptz$", "", path.name) + ".json")
     try:
         if record.exists():
-            made = json.loads(record.read_bytes())
-            return {"config": dict(made["config"]), "final": made.get("final", [])}
-        header = json.loads(open_artifact(path.read_bytes())[0])
-        return {"config": {"vocab_size": header["architecture"]["vocab_size"]}, "final": []}
-    except (OSError, ValueError, KeyError, TypeError, RunError):
-        return {"config": {}, "final": []}
+            made = json.loads(read_regular(record))
+            score = float(made["final"][-1]["val_bpb"]) if made.get("final") else None
+            return {"config": dict(made["config"]), "val_bpb": score}
+        header = json.loads(open_artifact(read_regular(path))[0])
+        return {"config": {"vocab_size": header["architecture"]["vocab_size"]}, "val_bpb": None}
+    except UNREADABLE:
+        return {"config": {}, "val_bpb": None}
 
 
 def settings_of_artifact(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """({text, vocabulary, sizes and seed of the run that made an artifact, where not set: value},
-    log lines)."""
-    names = [f.name for f in fields(DataSettings)] + ["scale", "seed", "eval_seq_len"]
+    log lines).
+
+    A record beside an artifact is somebody's words: it may say what text is to be read, and never
+    where anything is written, or where anything is taken from that could be executed.
+    """
+    names = ["text_files", "data_path", "tokenizer_path", "vocab_size", "val_tokens"]
+    names += ["scale", "seed", "eval_seq_len"]
     made_by = record_of_artifact(path)["config"]
-    found = {name: parse_value(name, text_of(made_by[name])) for name in names if name in made_by}
+    found = {}
+    for name in names:
+        with contextlib.suppress(RunError):  # somebody's words need make no sense
+            found |= {name: parse_value(name, text_of(made_by[name]))} if name in made_by else {}
     taken = {k: v for k, v in found.items() if k not in values and v != FIELDS[k].default}
     if not taken:
         return {}, []
@@ -717,11 +761,10 @@ def unlike_artifact(cfg: Config) -> list[str]:
     names = ["recipe", "val_tokens", "eval_seq_len", "eval_stride", "scoring"]
     names += [f.name for f in SECTIONS["Mixing"]]
     others = [n for n in names if text_of(made_by.get(n)) != text_of(getattr(cfg, n))]
-    if not others or not record["final"] or not {*names} <= {*made_by}:
+    if not others or record["val_bpb"] is None or not {*names} <= {*made_by}:
         return []
     told = " ".join(f"{name.upper()}={text_of(made_by[name])}" for name in others)
-    bpb = record["final"][-1]["val_bpb"]
-    return [f"unlike the artifact's own run, of val_bpb:{bpb:.8f}, which had {told}"]
+    return [f"unlike the artifact's own run, of val_bpb:{record['val_bpb']:.8f}, which had {told}"]
 
 
 def layers_that_follow(cfg: Config, num_layers: int) -> dict[str, Any]:
@@ -854,33 +897,91 @@ MOST_OWN_RANKS = 8  # of a challenge's machine; more were not tried
 RANK_BYTES = 2**31  # of memory for each of them; a default run's have 0.9e9
 TARGET_BYTES = 140  # and for each target of the text: 7.97 GiB for 62 M (bench/ngram_counts.py)
 START_SECONDS = 300.0  # for all ranks to meet: PyTorch's first import from a slow disk
-LOOPBACK_SECONDS = 20.0  # for a process to reach itself
-DEAF_SECONDS = 5.0  # for a second Ctrl-C to be heard by the program itself
-CORES_VARIABLE = "OWN_RANKS_CORES"  # tells them how many cores the first one found
+CORES_VARIABLE = "OWN_RANKS_CORES"  # tells own ranks how many cores the first one found
+STORE_VARIABLE = "OWN_RANKS_STORE"  # tells them the file by which they meet
+# A terminal's Ctrl-C and its end, and what other programs send; not all on Windows.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 ROLL_CALL_SECONDS = 3.0  # to answer; torchrun leaves a rank 30 s when another has died
 GLOO_ERRORS = ("gloo", "pair closure")  # words of its errors, which are no class of their own
+LONGEST_LINE = 4000  # characters of a line that is logged or printed: enough for every setting
+# What reading JSON of somebody else's can raise: of what it is, and of what it holds.
+UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, RunError)
+
+
+def printable(text: str) -> str:
+    """Text in one line, with control characters as Python spells them, since they could do anything
+    to a terminal, and what is too long left out in the middle."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(line) <= LONGEST_LINE:
+        return line
+    half = LONGEST_LINE // 2
+    return f"{line[:half]} ... {len(line) - 2 * half} characters ... {line[-half:]}"
+
+
+def tell(line: str, stream: io.TextIOBase | None) -> str:
+    """Print a line; why that failed, or "". A reader may have left, a terminal been closed: what
+    was computed does not depend on it."""
+    try:
+        if stream is not None:
+            print(printable(line), file=stream, flush=True)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def write_atomic(path: Path, content: bytes | dict[str, Tensor]) -> None:
-    """Write bytes, or tensors by name, under another name, then rename; RunError if that fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write bytes, or tensors by name, under a name of its own, then rename; RunError if that
+    fails. What has the name is whole, after a crash of the machine, too, and of one writer."""
+    temporary = ""
     try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
         if isinstance(content, bytes):
-            temporary.write_bytes(content)
+            Path(temporary).write_bytes(content)
         else:
             safetensors.torch.save_file(content, temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from None
+
+
+def umask() -> int:
+    """The rights that new files of this process do not get; asking sets it for a moment."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+UMASK = umask()
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """A file, opened to be read; RunError unless it is a regular one: a pipe or a device might make
+    a run wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RunError(f"{path}: not a regular file")
+    return open(path, "rb")
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The content of a regular file, as long as its folder says: files of the kernel's, which
+    are 0 bytes there, can be without end."""
+    with open_regular(path) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name of a file of safetensors; RunError for any other file."""
     try:
-        return safetensors.torch.load(Path(path).read_bytes())
+        return safetensors.torch.load(read_regular(path))
     except safetensors.SafetensorError as error:
         raise RunError(f"{path}: {error}") from None
 
@@ -924,7 +1025,7 @@ def count_cores() -> int:
 
 
 def is_file_run() -> bool:
-    """Whether this process's command is `python FILE`, which the same command starts again: not a
+    """Whether this process's command is `python FILE`, which other processes can import: not a
     notebook, a debugger (-m), or a program from standard input."""
     file = getattr(importlib.import_module("__main__"), "__file__", None)
     arguments = sys.orig_argv[1:]
@@ -964,26 +1065,24 @@ def eta(started: float, part: float) -> int:
 
 
 class Launcher:
-    """The ranks of a run that nobody launched: this process is the first, the others are the same
-    command again, with the variables that torchrun would set.
+    """The ranks of a run that nobody launched: this process is the first, the others are
+    processes of multiprocessing's, which import this program anew.
 
-    cores: of all ranks. count: of ranks. others: their processes, in a session of their own, where
-    no Ctrl-C comes: it is the first rank's to pass on. Each reads its standard input, a pipe from
-    the first rank, and ends when that does. joined: whether all have met, so that collectives
-    notice who is missing.
+    cores: of all ranks. count: of ranks. others: their processes. folder: of the file by which they
+    meet; nobody else may look into it. joined: whether all have met, so that collectives notice who
+    is missing.
     """
 
     def __init__(self, cfg: Config):
         self.cores = int(os.environ.get(CORES_VARIABLE, count_cores()))
         self.count = own_ranks(cfg, self.cores)
-        self.others: list[subprocess.Popen] = []
+        self.others: list[multiprocessing.context.SpawnProcess] = []
+        self.folder = ""
         self.joined = False
-        if CORES_VARIABLE in os.environ and os.environ.get("RANK", "0") != "0":
-            threading.Thread(target=end_with_the_first, daemon=True).start()
 
     def start(self) -> None:
         """Take this rank's share of the cores, and start the others, if there are any; this process
-        is rank 0 from here on. RunError where processes cannot meet."""
+        is rank 0 from here on."""
         if "RANK" in os.environ:
             return
         own_threads = max(1, self.cores // self.count)
@@ -991,86 +1090,100 @@ class Launcher:
             torch.set_num_threads(own_threads)
         if self.count == 1:
             return
-        try:
-            port = self.make_store()
-        except (OSError, RuntimeError) as error:
-            raise RunError(
-                f"no connection from this machine to itself for {self.count} ranks, set RANKS=1: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
+        self.folder = tempfile.mkdtemp(prefix="train_gpt.")  # mode 0700
         os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
             "WORLD_SIZE": str(self.count),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already
-            "TORCHELASTIC_RESTART_COUNT": "0",
             "OMP_NUM_THREADS": str(own_threads),
             CORES_VARIABLE: str(self.cores),
+            STORE_VARIABLE: str(Path(self.folder, "store")),
         }
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        command = [sys.executable, *sys.orig_argv[1:]]
-        for rank in range(1, self.count):
-            env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.others.append(
-                subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
-            )
+        spawn = multiprocessing.get_context("spawn")
+        with ignored_signals():  # Ctrl-C is the first rank's to pass on
+            for rank in range(1, self.count):
+                process = spawn.Process(target=be_rank, args=(rank,))
+                process.start()
+                self.others.append(process)
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
         threading.Thread(target=self.watch, daemon=True).start()
-        signals, self.wakeup = socket.socketpair()
-        self.wakeup.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup.fileno())
-        threading.Thread(target=self.heed_the_second, args=(signals,), daemon=True).start()
-
-    def make_store(self) -> int:
-        """Make the store in which ranks find each other; its port."""
-        listener = socket.create_server(("127.0.0.1", 0))  # for nobody outside of this machine
-        port = listener.getsockname()[1]
-        self.store = dist.TCPStore(
-            "127.0.0.1",
-            port,
-            self.count,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=LOOPBACK_SECONDS),
-            master_listen_fd=listener.detach(),
-        )
-        return port
-
-    def fail(self, reason: str) -> None:
-        """End the run at once, from a thread."""
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-        self.end()
-        os._exit(2)
 
     def watch(self) -> None:
         """End the run if another rank has ended before all have met, or they do not meet."""
-        late = time.monotonic() + START_SECONDS
-        while not self.joined:
-            ended = any(process.poll() is not None for process in self.others)
-            if (ended or time.monotonic() > late) and not self.joined:
-                self.fail("another rank did not start; RANKS=1 needs none")
-            time.sleep(0.1)
-
-    def heed_the_second(self, signals: socket.socket) -> None:
-        """End the run some time after the second signal, if that has not: while this rank waits for
-        one that hangs, Python's own handlers do not run."""
-        signals.recv(1)
-        signals.recv(1)
-        time.sleep(DEAF_SECONDS)
-        self.fail("interrupted while it waited for another rank")
+        sentinels = [process.sentinel for process in self.others]
+        multiprocessing.connection.wait(sentinels, START_SECONDS)
+        if not self.joined:
+            tell("error: another rank did not start; RANKS=1 needs none", sys.stderr)
+            self.end()
+            os._exit(2)
 
     def end(self) -> None:
         """End the others: this rank has said all there is to say."""
         self.joined = True
         for process in self.others:
             process.kill()
-            process.wait()
+            process.join()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Processes that are started here ignore Ctrl-C and the end of the terminal."""
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGTERM]
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def be_rank(rank: int) -> None:
+    """A whole run as another rank than the first, with which it ends, however that does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    threading.Thread(target=end_with_the_first, daemon=True).start()
+    os._exit(main())
 
 
 def end_with_the_first() -> None:
-    """In another rank of a Launcher: wait for the end of the first, however it comes, and end."""
-    sys.stdin.buffer.read()
+    """Wait for the end of the process that started this one, and end."""
+    multiprocessing.parent_process().join()
     os._exit(2)
+
+
+def interrupt(_number: int, _frame) -> None:
+    """Signal handler: end what is being done with the line of an interruption."""
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def heed_signals() -> Iterator[None]:
+    """The first signal that asks this process to stop interrupts what it does; the second ends it
+    at once, whatever it is doing: while it waits for another rank, Python's own handlers do not
+    run. What is ignored, as nohup has it, stays ignored."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    heard, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        count = 0
+        while count < 2:
+            received = heard.recv(1)
+            if not received:
+                return
+            count += received[0] in STOP_SIGNALS
+        tell("error: a second signal: ended at once", sys.stderr)
+        os._exit(2)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        wakeup.close()
 
 
 class Run:
@@ -1079,7 +1192,7 @@ class Run:
     rank, world_size, is_main: of this process; is_main: it is rank 0. device: where it computes.
     cores: of all ranks of a Launcher; else this rank's. stage: what is being done, for error
     messages. base: path of the run's files without suffix, "" until open_log; pending: lines that
-    are not in the log's file yet. speaks: whether it logs.
+    are not in the log's file yet. speaks: whether it logs. prints: whether the console is there.
     attention: name and function of the back end, once choose_attention has found it.
     saved: paths written; unsaved: what could not be written, and why. record: {kind: rows or
     facts}, everything that was logged as data.
@@ -1091,11 +1204,10 @@ class Run:
         cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: no CUDA device is available; set DEVICE=cpu")
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = launched_rank(os.environ)
         self.is_main = self.rank == 0
         self.stage = "start"
-        self.base, self.pending, self.speaks = "", [], self.is_main
+        self.base, self.pending, self.speaks, self.prints = "", [], self.is_main, True
         self.attention: tuple[str, Callable] | None = None
         self.saved: list[str] = []
         self.unsaved: list[str] = []
@@ -1118,18 +1230,22 @@ class Run:
             self.log(f"writing as {name}: there are files of a run {cfg.run_id} already")
 
     def join(self, cfg: Config) -> None:
-        """Join the process group that torchrun's variables describe, or make one of one rank."""
-        alone = {}
+        """Join the process group that torchrun's variables or a Launcher's describe, or make one of
+        one rank."""
+        known: dict[str, Any] = {}
         if self.world_size == 1:
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            known = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        elif STORE_VARIABLE in os.environ:
+            store = dist.FileStore(os.environ[STORE_VARIABLE], self.world_size)
+            known = {"store": store, "rank": self.rank, "world_size": self.world_size}
         back_end = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         seconds = cfg.dist_timeout_seconds
         if CORES_VARIABLE in os.environ and seconds == Config.dist_timeout_seconds:
             # A rank of a Launcher that dies closes its connections; a slow one is no failure.
             seconds = 1e6
         try:
-            dist.init_process_group(back_end, timeout=timedelta(seconds=seconds), **alone)
-        except RuntimeError as error:
+            dist.init_process_group(back_end, timeout=timedelta(seconds=seconds), **known)
+        except (RuntimeError, ValueError) as error:
             raise RunError(
                 f"{self.world_size} ranks cannot meet: {str(error).splitlines()[0]}"
             ) from None
@@ -1139,14 +1255,16 @@ class Run:
         RUN_ID itself if it is resumed."""
         folder = Path(cfg.logs_path)
         folder.mkdir(parents=True, exist_ok=True)
-        name, number = cfg.run_id, 1
         if cfg.resume:
-            return str(folder / name)
-        while any(folder.glob(glob.escape(name) + ".*")):
-            number += 1
-            name = f"{cfg.run_id}-{number}"
-        (folder / f"{name}.txt").touch(exist_ok=False)
-        return str(folder / name)
+            return str(folder / cfg.run_id)
+        for number in itertools.count(1):
+            name = cfg.run_id if number == 1 else f"{cfg.run_id}-{number}"
+            if any(folder.glob(glob.escape(name) + ".*")):
+                continue
+            with contextlib.suppress(FileExistsError):  # another run was faster
+                (folder / f"{name}.txt").touch(exist_ok=False)
+                return str(folder / name)
+        raise AssertionError("numbers have no end")
 
     def alone(self) -> Run:
         """This rank by itself and without a log, for work in which the others take no part."""
@@ -1168,16 +1286,20 @@ class Run:
         self.log(f"saved {path}")
 
     def log(self, line: str) -> None:
-        """One line to console and log file, on rank 0."""
+        """One line to console and log file, on rank 0. The console is a copy: its loss is noted
+        once in the file."""
         if not self.speaks:
             return
-        print(line, flush=True)
-        self.pending.append(line)
+        self.pending.append(printable(line))
+        lost = tell(line, sys.stdout) if self.prints else ""
+        if lost:
+            self.prints = False
+            self.pending.append(f"the console is gone ({lost}): the run goes on")
         if not self.base:
             return
         path = f"{self.base}.txt"
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{line}\n" for line in self.pending)
         except OSError as error:
             message = f"cannot write {path}: {error.strerror}"
@@ -1224,6 +1346,12 @@ class Run:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
 
+    def dismiss_others(self) -> None:
+        """Let the other ranks end, once all are here: from now on rank 0 needs nobody."""
+        self.of_ranks(0.0)
+        dist.destroy_process_group()
+        self.world_size = 1
+
     def of_ranks(self, *values: float) -> list[list[float]]:
         """These values of every rank, a list for each value (float64, through the CPU)."""
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -1264,6 +1392,35 @@ class Run:
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
+def launched_rank(env: Mapping[str, str]) -> tuple[int, int]:
+    """(rank, world size) of torchrun's variables; (0, 1) without. RunError if some are missing or
+    make no sense, or if another launcher started several processes that would not know it."""
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        if tasks not in ("", "1"):
+            raise RunError(
+                f"srun started {tasks} tasks, each of which would be a run of its own: start one "
+                "task per machine, `srun --ntasks-per-node=1 torchrun ... train_gpt.py`"
+            )
+        return 0, 1
+    needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    if env.get("WORLD_SIZE") != "1" and STORE_VARIABLE not in env:
+        needed += ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if name not in env]
+    if missing:
+        raise RunError(
+            f"{', '.join(missing)} not set, though other variables of a launcher are: start ranks "
+            "with torchrun, which sets all of them, or unset RANK and WORLD_SIZE"
+        )
+    numbers = [env[name] for name in needed if name != "MASTER_ADDR"]
+    if not all(number.isdecimal() for number in numbers) or int(env["RANK"]) >= int(
+        env["WORLD_SIZE"]
+    ):
+        told = " ".join(f"{name}={env[name]}" for name in needed)
+        raise RunError(f"{told}: no rank of a launcher; start ranks with torchrun")
+    return int(env["RANK"]), int(env["WORLD_SIZE"])
+
+
 def dead_ranks(run: Run, error: Exception) -> tuple[str, bool] | None:
     """Who does not answer, after a collective has failed with `error`?
 
@@ -1301,6 +1458,8 @@ def dead_ranks(run: Run, error: Exception) -> tuple[str, bool] | None:
 
 SHARD_MAGIC = 20240520  # of the challenge's shard format, as are the next two
 SHARD_VERSION = 1
+GPT2_END = 50256  # the largest token of GPT-2, which begins each document in llm.c's shards
+LLAMA_SHARD_MAGIC = 20240801  # of llm.c's shards for Llama 3
 HEADER_INTS = 256
 BOS = 1  # begins a document
 SPACE = "\u2581"  # SentencePiece writes a space as this character
@@ -1319,6 +1478,7 @@ BOS_SHARE = 0.5  # of a shard's tokens that may be BOS: documents have text
 # quotations recur in any corpus, whole paragraphs where documents do.
 RUN_TOKENS = 64
 RUN_BLOCK = 2**18  # runs hashed at once
+DIGEST_BLOCKS = 256  # of RUN_BLOCK tokens, by which the training text is known to a checkpoint
 RUN_BASE = 0x9E3779B97F4A7C15  # odd, as a polynomial hash modulo 2^64 needs; its bits look random
 RUN_FILTER_BITS = 22  # of a table that most runs of the training text do not pass
 MOST_VAL_RUNS = 2**17  # of the validation text that are looked for: more make a share no surer
@@ -1339,16 +1499,59 @@ FETCH = (
 )
 
 
-def open_shard(path: str) -> np.memmap:
-    """Tokens of a shard, memory-mapped uint16 (n,). RunError if its header or size lies."""
-    header = np.fromfile(path, "<i4", HEADER_INTS)
-    magic, version, count = header[:3].tolist() if len(header) == HEADER_INTS else (0, 0, 0)
+def foreign_shard(start: bytes) -> str:
+    """What a file that begins so, and is no shard, may be."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, whose file was not fetched: git lfs pull"
+    if start[:4] == struct.pack("<i", LLAMA_SHARD_MAGIC):
+        return "a shard of llm.c's for Llama 3, of 32-bit tokens: tokenize the text anew"
+    if not start.strip(b"\0"):
+        return "empty, or zeros: fetch it again"
+    return (
+        "no shard of the challenge's format, whose header begins with "
+        f"{SHARD_MAGIC}, {SHARD_VERSION} (nanoGPT's .bin files have none)"
+    )
+
+
+class Shard:
+    """The tokens of a file in the challenge's format: len(shard), shard[begin:end] uint16.
+
+    They are read where they are wanted, not mapped into memory: a file that becomes shorter is an
+    error then, and no end of the process.
+    """
+
+    def __init__(self, path: str, count: int):
+        self.path, self.count = path, count
+        self.file = io.FileIO(path)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        begin, end, _ = part.indices(self.count)
+        size = 2 * max(0, end - begin)
+        self.file.seek(4 * HEADER_INTS + 2 * begin)
+        content = self.file.read(size)
+        if len(content) != size:
+            raise RunError(f"{self.path}: became shorter while it was read")
+        return np.frombuffer(content, "<u2")
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:].astype(dtype or np.uint16)
+
+
+def open_shard(path: str) -> Shard:
+    """The shard at a path. RunError if it is none, or its header or size lies."""
+    with open_regular(path) as file:
+        start = file.read(4 * HEADER_INTS)
+    header = start.ljust(4 * HEADER_INTS, b"\0")
+    magic, version, count = struct.unpack_from("<3i", header)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise RunError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version 1")
+        raise RunError(f"{path}: magic {magic} version {version}: {foreign_shard(start)}")
     size, expected = os.path.getsize(path), 4 * HEADER_INTS + 2 * count
     if size != expected or count <= 0:
         raise RunError(f"{path}: {count} tokens need {expected} bytes, the file has {size}")
-    return np.memmap(path, "<u2", "r", offset=4 * HEADER_INTS)
+    return Shard(path, count)
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -1380,7 +1583,7 @@ def fetch_command(pieces: int) -> str:
 
 
 def check_shard(
-    path: str, shard: np.ndarray, vocab_size: int, textless: np.ndarray | None = None
+    path: str, shard: Shard, vocab_size: int, textless: np.ndarray | None = None
 ) -> None:
     """RunError for a shard (n,) with a token that is not below vocab_size, or of which too much
     stands for no text: a file of the right size whose content was lost."""
@@ -1389,8 +1592,9 @@ def check_shard(
         counts += np.bincount(shard[begin : begin + RUN_BLOCK], minlength=len(counts))
     top = int(counts.nonzero()[0][-1])
     if top >= vocab_size:
-        place = shard.argmax()
-        raise RunError(f"{path}: token {top} at {place}, not below {vocab_size}")
+        place = shard[:].argmax()
+        other = "; of GPT-2's tokenizer, it seems" if vocab_size < top <= GPT2_END else ""
+        raise RunError(f"{path}: token {top} at {place}, not below {vocab_size}{other}")
     if textless is None:
         return
     documents = int(counts[BOS])
@@ -1406,7 +1610,7 @@ def check_shard(
 class TokenStream:
     """The shards' tokens end to end, read cyclically.
 
-    shards: memory maps uint16 (n,) each. ends: where each ends in the stream. Each rank checks its
+    shards: the files. ends: where each ends in the stream. Each rank checks its
     share of the shards (check_shard).
     """
 
@@ -1439,6 +1643,15 @@ class TokenStream:
             start += len(parts[-1])
             count -= len(parts[-1])
         return np.concatenate(parts)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of the tokens: of all, or of as many blocks that lie evenly in them as
+        make a large stream cheap to know."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        starts = range(0, len(self), RUN_BLOCK)
+        for start in starts[:: max(1, len(starts) // DIGEST_BLOCKS)]:
+            digest.update(self.read(start, min(RUN_BLOCK, len(self) - start)).astype("<u2"))
+        return digest.hexdigest()
 
 
 class TrainLoader:
@@ -1572,11 +1785,11 @@ class DataSource(NamedTuple):
 def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece processor at `path`; RunError if missing, foreign or of another size."""
     try:
-        proto = Path(path).read_bytes() or b"\0"  # no bytes would load as no model at all
+        proto = read_regular(path) or b"\0"  # no bytes would load as no model at all
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
         size = len([tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())])  # UTF-8
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or "not a SentencePiece model"
+        reason = getattr(error, "strerror", None) or f"not a SentencePiece model ({error})"
         raise RunError(f"TOKENIZER_PATH={path}: {reason}") from None
     if size != vocab_size:
         raise RunError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE is {vocab_size}")
@@ -1769,8 +1982,10 @@ TOKENIZER_OPTIONS = {  # the challenge's, but for the normalization, which is th
     "character_coverage": 0.999,
     "split_digits": True,
     "max_sentence_length": 1 << 20,
+    "required_chars": SPACE,  # in a text with few spaces, too: it begins every document
     "minloglevel": 2,
 }
+LONGEST_TRAINED_LINE = 1 << 17  # characters; longer ones are cut, for the trainer skips them
 VAL_SHARE = 0.1  # of the text, in whole documents
 VAL_MOST_BYTES = 8_000_000  # and no more than so much
 LEAST_DOCUMENTS = 20  # fewer are cut: validation takes whole documents
@@ -1797,43 +2012,87 @@ def python_documents() -> list[Document]:
     return [(name, text) for name, text in documents if text and SPACE not in text]
 
 
-def user_files(patterns: str) -> tuple[list[str], list[str]]:
-    """(files that the globs match, files inside of folders that they match), each sorted."""
-    matches: set[str] = set()
-    for pattern in filter(None, patterns.split(":")):
-        matches.update(glob.glob(os.path.expanduser(pattern), recursive=True))
-    files = sorted(filter(os.path.isfile, matches))
-    folders = filter(os.path.isdir, matches)
-    inside = {str(p) for folder in folders for p in Path(folder).rglob("*") if p.is_file()}
-    return files, sorted(inside - {*files})
+def named_paths(names: str) -> list[str]:
+    """The paths and globs in a text that separates them by os.pathsep; a path that exists, and has
+    the separator in it, is one."""
+    parts, found = names.split(os.pathsep), []
+    while parts:
+        ends = range(len(parts), 1, -1)
+        joined = (os.path.expanduser(os.pathsep.join(parts[:end])) for end in ends)
+        most = next((n for n, path in zip(ends, joined, strict=True) if os.path.exists(path)), 1)
+        found.append(os.path.expanduser(os.pathsep.join(parts[:most])))
+        parts = parts[most:]
+    return [*filter(None, found)]
 
 
-def user_documents(patterns: str) -> tuple[list[Document], dict[str, int]]:
-    """(documents of the files and folders that the globs match, {what is to be known of them: how
-    many}); RunError if there are none or a file is unfit, unless its folder was named, not it."""
-    files, inside = user_files(patterns)
-    documents, not_text = [], 0
+def files_inside(folder: str, own: set[str]) -> Iterator[str]:
+    """Files in a folder and its folders, but hidden ones and those of the folders `own`."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in own
+        ]
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+
+
+def user_files(names: str, own: set[str]) -> tuple[list[str], list[str]]:
+    """(files that are named, or that globs match; files inside of folders that are), each sorted.
+    RunError for a name that is nothing. own: folders of the run's output, which are no input."""
+    files, inside = set(), set()
+    for name in named_paths(names):
+        matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+        if not matches:
+            raise RunError(
+                f"TEXT_FILES: {name} matches no file or folder; give paths or globs separated by "
+                f"'{os.pathsep}'"
+            )
+        for match in matches:
+            if os.path.isdir(match):
+                inside.update(files_inside(match, own))
+            else:
+                files.add(match)
+    return sorted(files), sorted(inside - files)
+
+
+def read_text(path: str) -> tuple[str, str]:
+    """(text of a file, why it cannot be taken, or "")."""
+    try:
+        text = read_regular(path).decode("utf-8")
+    except RunError:
+        return "", "not a regular file"
+    except OSError as error:
+        return "", f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError as error:
+        byte, place = error.object[error.start], error.start
+        return "", f"no UTF-8 text (byte 0x{byte:02x} at {place}): iconv makes it UTF-8"
+    return text, "has U+2581, SentencePiece's own space: replace it" if SPACE in text else ""
+
+
+def user_documents(names: str, own: Collection[str] = ()) -> tuple[list[Document], dict[str, int]]:
+    """(documents of the files and folders that are named, {what is to be known of them: how many});
+    RunError if there are none or a file is unfit, unless its folder was named, not it.
+
+    own: folders of the run's output, which are left out.
+    """
+    files, inside = user_files(names, {os.path.realpath(folder) for folder in own})
+    documents, left_out = [], collections.Counter()
+    example = ""
     for path, is_named in [*((p, True) for p in files), *((p, False) for p in inside)]:
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-            if SPACE in text:
-                raise RunError(f"{path}: has U+2581, SentencePiece's space: replace it")
-        except (OSError, UnicodeDecodeError, RunError) as error:
-            if not is_named:
-                not_text += 1
-                continue
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        text, reason = read_text(path)
+        if reason and is_named:
+            raise RunError(f"{path}: {reason}")
+        if reason:
+            left_out[f"left out, {reason.split(' (')[0].split(',')[0]}"] += 1
+            example = example or f"{path}: {reason}"
+            continue
         documents.append((path, text))
     if not documents:
-        raise RunError(
-            f"TEXT_FILES={patterns!r} matches no file of text; give folders or globs separated by "
-            "':'"
-        )
+        told = f" ({example})" if example else ""
+        raise RunError(f"TEXT_FILES={names}: no file of text in it{told}")
     facts = {
-        "files": len(documents) + not_text,
-        "left out, no UTF-8 text": not_text,
+        "files": len(documents) + left_out.total(),
+        **left_out,
         "left out, empty": sum(not text for _, text in documents),
         "with CRLF line ends, which stay": sum("\r\n" in text for _, text in documents),
     }
@@ -1850,13 +2109,21 @@ def cut_documents(documents: list[Document]) -> list[Document]:
     if not are_few(documents):
         return documents
     size = sum(map(len, {text for _, text in documents})) // LEAST_DOCUMENTS
-    parts = []
-    for name, text in documents:
-        while text:
-            end = text.find("\n", size) + 1 or len(text)
-            parts.append((name, text[:end]))
-            text = text[end:]
-    return parts
+    return [(name, part) for name, text in documents for part in cut_text(text, size)]
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """Parts of a text, of at least `size` characters but the last: cut behind a line, in a text
+    that has few lines behind a space, or between characters."""
+    size, begin = max(1, size), 0
+    while begin < len(text):
+        near = begin + size
+        ends = (text.find(mark, near, near + size) + 1 for mark in "\n ")
+        end = next(filter(None, ends), near)
+        if end == near and len(text) - near < size:
+            end = len(text)
+        yield text[begin:end]
+        begin = end
 
 
 def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
@@ -1879,7 +2146,10 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
 def train_tokenizer(documents: list[Document], vocab_size: int) -> bytes:
     """A serialized BPE model of vocab_size pieces; RunError if the text has too few."""
     every = max(1, sum(len(text) for _, text in documents) // TOKENIZER_TEXT_BYTES)
-    lines = [line for _, text in documents for line in text.splitlines() if line.strip()]
+    lines = []
+    for _, text in documents:
+        for line in filter(str.strip, text.splitlines()):
+            lines += cut_text(line, LONGEST_TRAINED_LINE)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -1906,7 +2176,8 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> bytes:
 def encode_documents(tokenizer, documents: list[Document], table: ByteTable) -> np.ndarray:
     """Tokens (n,) of the documents, each after a BOS; every document's bytes must balance."""
     encoded = []
-    for name, text in tqdm(documents, desc="tokenizing", unit="doc", disable=None):
+    terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    for name, text in tqdm(documents, desc="tokenizing", unit="doc", disable=not terminal):
         encoded.append(np.array([BOS, *tokenizer.encode(text)]))
         counted = int(table.target_bytes(torch.from_numpy(encoded[-1])).sum())
         size = len(text.encode())
@@ -1922,11 +2193,20 @@ def shortened(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder of prepared text is whole: what was written last can be read."""
+    try:
+        return bool(json.loads(read_regular(folder / "corpus.json"))["documents"])
+    except UNREADABLE:
+        return False
+
+
 def prepare_text(cfg: Config, run: Run) -> Path:
     """Tokenizer and shards of the text, made once; the folder, named by the text's hash."""
     started = time.perf_counter()
     if cfg.text_files:
-        documents, facts = user_documents(cfg.text_files)
+        own = (cfg.logs_path, cfg.prepared_path)
+        documents, facts = user_documents(cfg.text_files, own)
     else:
         documents, facts = python_documents(), {}
     made_of = repr((TEXT_FORMAT, cfg.vocab_size, documents))
@@ -1938,7 +2218,7 @@ def prepare_text(cfg: Config, run: Run) -> Path:
         parts = "parts of " * are_few(documents)
         names = shortened([name for name, _ in val])
         run.log(f"text: {told}; held out for validation: {parts}{names}")
-    if (folder / "corpus.json").exists():  # written last
+    if is_prepared(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "tokenizer.model"
@@ -2430,15 +2710,51 @@ def is_long_training(cfg: Config, run: Run) -> bool:
     return enough and cfg.warmup_steps > 0 and run.cores > 1
 
 
-def kept_graphs(cfg: Config) -> Path:
-    """Folder of compiled graphs beside the text that was prepared, for processors like this one,
-    whose instructions they use, as far as PyTorch may (ATEN_CPU_CAPABILITY)."""
+def kept_graphs() -> Path:
+    """Folder of compiled graphs in the user's cache, for processors like this one, whose
+    instructions they use, as far as PyTorch may (ATEN_CPU_CAPABILITY)."""
     name = platform.processor() + torch.backends.cpu.get_cpu_capability()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = f"compiled_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return Path(cfg.prepared_path, folder).resolve()
+    return Path(cache, "parameter-golf", folder).absolute()
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder and the one around it are this user's, and nobody else can write into them.
+    Graphs are programs, and are loaded as such."""
+    if not hasattr(os, "getuid"):  # Windows' home folders are their users'
+        return True
+    for path in (folder, folder.parent):
+        facts = path.stat()
+        open_to_others = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if facts.st_uid != os.getuid() or open_to_others:
+            return False
+    return True
+
+
+def use_kept_graphs(run: Run) -> None:
+    """Let Inductor keep and look for graphs in kept_graphs, or where TORCHINDUCTOR_CACHE_DIR says;
+    in a folder of this run's own, told in a line, if that one is not private."""
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    folder, reason = kept_graphs(), ""
+    try:
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, exist_ok=True)
+        if not is_private(folder):
+            reason = "others can write there"
+        elif shlex.split(str(folder)) != [str(folder)]:
+            reason = "compilers' commands cannot name it"
+    except (OSError, ValueError, RuntimeError) as error:  # no home; no closing quotation
+        reason = str(error)
+    if reason:
+        run.log(f"compiled graphs are not kept: {folder}: {reason}")
+        folder = tempfile.mkdtemp(prefix="train_gpt.")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def compiled(
@@ -2452,11 +2768,7 @@ def compiled(
     for the next run."""
     if not compiles(cfg, run, pays):
         return function
-    folder = str(kept_graphs(cfg))
-    with contextlib.suppress(ValueError):  # no closing quotation
-        # Inductor's commands are taken apart as a shell does it.
-        if shlex.split(folder) == [folder]:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+    use_kept_graphs(run)
     options = COMPILE_OPTIONS | (options or {})
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
@@ -2646,7 +2958,6 @@ MOST_MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's 
 RECENT_STEPS = 20  # whose longest tells how long the next one may take
 STEP_MARGIN = 1.1  # and by how much longer
 SWA_BELOW = 0.5  # SWA samples are taken once the lr scale is below (#806)
-DEFAULT_HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 TORCHRUN_KILLS = (
     "; torchrun kills its ranks 30 s after the signal, before the score is there, unless it was "
     "started with --shutdown-timeout=600"
@@ -2674,7 +2985,7 @@ def fit_micro_batch(cfg: Config, world_size: int) -> int:
             f"do not divide among {world_size} ranks"
         )
     limit = cfg.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS
-    most = max(1, limit // cfg.train_seq_len)
+    most = min(sequences, max(1, limit // cfg.train_seq_len))
     return cfg.train_seq_len * max(n for n in range(1, most + 1) if sequences % n == 0)
 
 
@@ -2690,14 +3001,17 @@ def compiled_graphs() -> int:
 
 @contextlib.contextmanager
 def stop_signals(handler: Callable) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C call handler(number, frame); as before afterwards."""
-    for number in DEFAULT_HANDLERS:
+    """Let SIGTERM, SIGHUP and Ctrl-C call handler(number, frame), unless they are ignored; as
+    before afterwards."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    heeded = {number: own for number, own in before.items() if own != signal.SIG_IGN}
+    for number in heeded:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, default in DEFAULT_HANDLERS.items():
-            signal.signal(number, default)
+        for number, own in heeded.items():
+            signal.signal(number, own)
 
 
 class WeightAverage:
@@ -2767,7 +3081,7 @@ class Trainer:
         self.cap = cfg.max_wallclock_seconds - calibration_seconds(cfg)
         self.saved: dict[str, Tensor] = {}
         if cfg.resume:  # fails before warm-up
-            self.saved = run.on_all(lambda: read_checkpoint(data, cfg))
+            self.saved = run.on_all(lambda: read_checkpoint(data, cfg, run))
 
     def lr_scale(self, progress: float) -> float:
         """1, then linear to 0 over the warmdown."""
@@ -2896,10 +3210,9 @@ class Trainer:
             audit_seconds=round(checked * batch_seconds) if cfg.audit != "0" else 0,
         )
 
-    def request_stop(self, number: int, _frame) -> None:
-        """Signal handler: stop after this step; the next signal acts as it does by default."""
+    def request_stop(self, _number: int, _frame) -> None:
+        """Signal handler: stop after this step."""
         self.signalled = True
-        signal.signal(number, DEFAULT_HANDLERS[number])
 
     def may_continue(self) -> bool:
         """Whether another step starts, the same answer on every rank: it must end under the cap."""
@@ -2924,7 +3237,7 @@ class Trainer:
             if self.stopping:
                 checkpoint.save()
                 ended = f"stop requested: training ends after {self.steps} steps; RESUME=1 goes on"
-                again = "; Ctrl-C again ends the run at once"
+                again = "; a second signal ends the run at once"
                 launched = dist.is_torchelastic_launched()
                 self.run.record["interrupted"].append({"steps": self.steps})
                 self.run.log(ended + (TORCHRUN_KILLS if launched else again))
@@ -2941,6 +3254,15 @@ class Trainer:
             recompiles=self.recompiles,
             peak_memory_bytes=self.run.peak_memory_bytes(),
         )
+
+    def forget_checkpoint(self) -> None:
+        """Remove the checkpoint of a training that has ended by itself and whose weights are kept:
+        whoever resumed it would replace them by worse ones. On rank 0."""
+        if self.stopping or f"{self.run.base}.safetensors" not in self.run.saved:
+            return
+        for suffix in (".checkpoint", ".clock"):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self.run.base}{suffix}")
 
     def take_step(self) -> None:
         """One step at the progress that the clock tells; ranks have agreed on that clock."""
@@ -3013,27 +3335,69 @@ class Trainer:
         self.run.record[kind][-1]["step"] = self.steps
 
 
-def fingerprint(data: Data, cfg: Config) -> Tensor:
-    """SHA-256 (32,) uint8 of all that steps depend on, but the number of ranks."""
-    settings = {"seed": cfg.seed, "gptq_seconds": cfg.gptq_seconds}  # kept out of the cap
+def fingerprint(data: Data, cfg: Config, run: Run) -> dict[str, str]:
+    """What steps depend on, by name, but the number of ranks: settings as their variables have
+    them, the training text, the arithmetic."""
+    names = ["seed", "gptq_seconds"]  # time for GPTQ is kept out of the cap
     for section in ("Model", "Training", "Optimizer"):
-        names = (f.name for f in SECTIONS[section] if f.name not in STEPLESS)
-        settings |= {name: getattr(cfg, name) for name in names}
-    text = json.dumps([settings, len(data.train), data.corpus["vocabulary_sha256"]])
-    return torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+        names += [f.name for f in SECTIONS[section] if f.name not in STEPLESS]
+    made_of = {name.upper(): text_of(getattr(cfg, name)) for name in names}
+    return made_of | {
+        "COMPUTE": str(compute_dtype(cfg, run.device)).removeprefix("torch."),
+        "device": run.device.type,
+        "training text": data.train.digest(),
+        "vocabulary": data.corpus["vocabulary_sha256"],
+    }
 
 
-def read_checkpoint(data: Data, cfg: Config) -> dict[str, Tensor]:
+def as_tensor(content: bytes) -> Tensor:
+    """Bytes (n,) uint8."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def digest_of(tensors: dict[str, Tensor]) -> Tensor:
+    """SHA-256 (32,) uint8 of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return as_tensor(digest.digest())
+
+
+def check_unfinished(cfg: Config) -> None:
+    """RunError if the run to be resumed has ended by itself."""
+    base = Path(cfg.logs_path, cfg.run_id)
+    made = {}
+    with contextlib.suppress(*UNREADABLE):
+        made = json.loads(read_regular(f"{base}.json"))
+        made = {"final": made["final"], "interrupted": made.get("interrupted")}
+    trained = not Path(f"{base}.checkpoint").exists() and Path(f"{base}.safetensors").exists()
+    if trained or (made.get("final") and not made["interrupted"]):
+        raise RunError(
+            f"RESUME=1: the training of {cfg.run_id} is finished; "
+            f"LOAD_WEIGHTS={base}.safetensors exports and scores its weights"
+        )
+
+
+def read_checkpoint(data: Data, cfg: Config, run: Run) -> dict[str, Tensor]:
     """The checkpoint of RUN_ID; RunError if there is none that fits."""
-    path = Path(f"{cfg.logs_path}/{cfg.run_id}.checkpoint")
+    path = Path(cfg.logs_path, f"{cfg.run_id}.checkpoint")
+    check_unfinished(cfg)
     if not path.exists():
         raise RunError(
             f"RESUME=1: there is no {path}; RUN_ID names the run to go on with, "
             "CHECKPOINT_SECONDS saves checkpoints, LOAD_WEIGHTS takes a finished training"
         )
     saved = read_tensors(path)
-    if not torch.equal(saved.get("made_of", torch.empty(0)), fingerprint(data, cfg)):
-        raise RunError(f"{path}: of a run with other settings or another corpus")
+    digest = saved.pop("digest", torch.empty(0))
+    if not torch.equal(digest, digest_of(saved)):
+        raise RunError(f"{path}: damaged, or no checkpoint of this version (its digest differs)")
+    made_of, own = json.loads(saved["made_of"].numpy().tobytes()), fingerprint(data, cfg, run)
+    differing = [name for name in own | made_of if own.get(name) != made_of.get(name)]
+    if differing:
+        told = (f"{name} was {made_of.get(name)}, is {own.get(name)}" for name in differing)
+        raise RunError(f"{path}: of another run: {'; '.join(told)}")
     return saved
 
 
@@ -3100,8 +3464,10 @@ class Checkpoint:
         if self.run.is_main:
             state = self.tensors()
             state["numbers"] = torch.tensor(numbers, dtype=torch.float64)
-            state["made_of"] = fingerprint(trainer.data, trainer.cfg)
-            self.run.save(".checkpoint", state)
+            state["recent"] = torch.tensor(trainer.recent, dtype=torch.float64)
+            made_of = fingerprint(trainer.data, trainer.cfg, self.run)
+            state["made_of"] = as_tensor(json.dumps(made_of).encode())
+            self.run.save(".checkpoint", state | {"digest": digest_of(state)})
         self.saved_at = trainer.elapsed
 
     def load(self) -> None:
@@ -3117,6 +3483,7 @@ class Checkpoint:
         position, average.mass, samples = more
         trainer.steps, trainer.loader.position = int(steps), int(position)
         average.samples = int(samples)
+        trainer.recent.extend(saved["recent"].tolist())
         lost = self.lost_seconds()
         trainer.elapsed += lost
         self.run.log(
@@ -4091,7 +4458,8 @@ def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
 
 def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     """score_of windows that do not overlap, on rank 0; {} on the others."""
-    batch_windows = max(1, cfg.val_batch_size // CHALLENGE_RANKS // cfg.eval_seq_len)
+    most = FIELDS["eval_batch_windows"].metadata["allowed"][1]
+    batch_windows = max(1, min(most, cfg.val_batch_size // CHALLENGE_RANKS // cfg.eval_seq_len))
     neural = NeuralPass(model, data, cfg, run, cfg.eval_seq_len, batch_windows)
     columns = run.gather(neural.columns(), neural.grid.spans)
     return score_of(columns[:, 0], data.val_bytes) if run.is_main else {}
@@ -5247,7 +5615,8 @@ def neural_pass_base(evaluation: Evaluation) -> str:
     settings += [cfg.mixer_max_order, cfg.compile, str(compute_dtype(cfg, run.device))]
     settings += [run.device.type, run.attention[0], torch.__version__]
     made_of = json.dumps([evaluation.network, evaluation.data.corpus["val_sha256"], settings])
-    return f"{cfg.logs_path}/neural-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(made_of.encode()).hexdigest()
+    return str(Path(cfg.logs_path, f"neural-{digest[:16]}"))
 
 
 def save_neural_pass(evaluation: Evaluation) -> None:
@@ -5276,7 +5645,8 @@ def load_neural_pass(evaluation: Evaluation) -> bool:
         return False
     saved, grid = read_tensors(path), evaluation.neural.grid
     shape = (grid.num_targets, len(NeuralColumns._fields))
-    if not saved.keys() >= {"columns", "seconds"} or saved["columns"].shape != shape:
+    found = saved.get("columns", torch.empty(0))
+    if "seconds" not in saved or (found.shape, found.dtype) != (shape, torch.float64):
         raise RunError(f"{path}: not the neural pass that its name says; delete it")
     evaluation.columns = NeuralColumns(*(c.contiguous() for c in saved["columns"].unbind(1)))
     evaluation.times = grid.times()
@@ -5679,11 +6049,6 @@ def continue_tokens(
     return decode_message(model, head + bits, cfg, run.alone())[0][first + 1 :]
 
 
-def printable(text: str) -> str:
-    """Text with control characters as Python spells them: they could do anything to a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
 def sample(model: GPT, data: Data, cfg: Config, run: Run) -> None:
     """Log how SAMPLE goes on, by the network and by the mixer, which has learned from validation
     text before it; on rank 0."""
@@ -5699,8 +6064,10 @@ def sample(model: GPT, data: Data, cfg: Config, run: Run) -> None:
         for _ in range(SAMPLE_BLOCKS):
             more = continue_tokens(model, tokens[-size:], own, run, random)
             tokens = torch.cat([tokens, more])
-        text = printable(data.tokenizer.decode(tokens[size - len(prompt) :].tolist()))
-        run.log(f"sample of the {'network' if scoring == 'neural' else 'mixer'}:\n{text}\n")
+        text = data.tokenizer.decode(tokens[size - len(prompt) :].tolist())
+        run.log(f"sample of the {'network' if scoring == 'neural' else 'mixer'}:")
+        for line in [*text.expandtabs().split("\n"), ""]:
+            run.log(line)
 
 
 # ==================================================================================================
@@ -5934,20 +6301,29 @@ def plot_orders(axes, record: dict) -> None:
         own.grid(False)
 
 
-def plot(record: dict) -> bytes:
-    """The picture of a run, PNG; b"" if it is not wanted, and without matplotlib, so that nobody
-    loses a score for it."""
-    if not record["config"].get("picture", True):
-        return b""
+def save_picture(run: Run) -> None:
+    """Draw and keep the picture, if it is wanted. It is a decoration, for which nobody loses a
+    score: whatever goes wrong with it is a line."""
+    if not run.record["config"].get("picture", True):
+        return
     try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        return b""
-    matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
+        picture = plot(run.record)
+    except Exception as error:  # of a package, its settings, its fonts
+        run.log(f"no picture: {type(error).__name__}: {error}")
+        return
+    run.save(".png", picture)
+
+
+def plot(record: dict) -> bytes:
+    """The picture of a run, PNG; any exception of matplotlib's. No back end of a window system or a
+    notebook is asked, and no text is read as a formula."""
+    os.environ["MPLBACKEND"] = "agg"
+    matplotlib = importlib.import_module("matplotlib")
+    figures = importlib.import_module("matplotlib.figure")
     style = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(2, 2, figsize=PICTURE_INCHES, layout="constrained")
+    with matplotlib.rc_context(style | {"text.parse_math": False}):
+        figure = figures.Figure(figsize=PICTURE_INCHES, layout="constrained")
+        axes = figure.subplots(2, 2)
         panels = (plot_training, plot_scores, plot_curves, plot_orders)
         for panel, place in zip(panels, axes.flat, strict=True):
             panel(place, record)
@@ -5959,7 +6335,6 @@ def plot(record: dict) -> bytes:
         )
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=PICTURE_DPI, facecolor="white")
-        pyplot.close(figure)
     return image.getvalue()
 
 
@@ -6134,11 +6509,9 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     verdict = verdict_of(run.record)
     run.record["verdict"] = [verdict]
     run.record["verdict_line"] = verdict_line(verdict)
-    picture = plot(run.record)
-    if picture:
-        run.save(".png", picture)
     run.save(".submission.json", submission(run.record))
     run.save(".json", json.dumps(run.record, indent=1).encode())
+    save_picture(run)
     run.record["final"].clear()  # the line is logged as data once more, as the last
     run.log(f"verdict {verdict_line(verdict)}")
     run.row("final", **final)
@@ -6169,6 +6542,7 @@ def make_artifact(data: Data, cfg: Config, run: Run) -> bytes:
         if run.is_main:
             named = model.named_parameters()
             run.save(".safetensors", {n: p.detach().cpu().contiguous() for n, p in named})
+            trainer.forget_checkpoint()
         trainer.validate()
     run.stage = "export"
     senses = calibrate(model, data, cfg, run)
@@ -6213,14 +6587,20 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     if run.is_main:
         roundtrip["seconds"] = run.sync() - started
         run.row("result", stage=f"int{cfg.matrix_bits}_roundtrip", scoring="neural", **roundtrip)
-        evaluation.masses()
+    run.dismiss_others()
+    return prove_and_report(evaluation, blob, cfg, run) if run.is_main else 0
+
+
+def prove_and_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> int:
+    """Masses, audit and report, by rank 0 alone; the exit status."""
+    evaluation.masses()
     run.stage = "audit"
     if cfg.audit != "0":
-        run.on_main(lambda: audit(evaluation))
-    verdict = run.on_main(lambda: final_report(evaluation, blob, cfg, run))
-    unsaved = run.on_main(lambda: run.unsaved)
-    if unsaved:
-        raise RunError("; ".join(unsaved))
+        audit(evaluation)
+    run.stage = "report"
+    verdict = final_report(evaluation, blob, cfg, run)
+    if run.unsaved:
+        raise RunError("; ".join(run.unsaved))
     return 3 if verdict.keys() - {TOO_LITTLE, INTERRUPTED} and cfg.audit == "strict" else 0
 
 
@@ -6234,7 +6614,7 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     data = load_data(cfg, run)
     run.on_main(lambda: describe_run(cfg, notes, data, run))
     if cfg.load_artifact:
-        blob = run.on_main(lambda: Path(cfg.load_artifact).read_bytes())
+        blob = run.on_main(lambda: read_regular(cfg.load_artifact))
         if cfg.audit != "0":
             run.on_main(lambda: check_spelling(blob, cfg, data.corpus["vocabulary_sha256"]))
     else:
@@ -6285,51 +6665,87 @@ def how_it_computes(cfg: Config, run: Run) -> str:
 def explain(error: Exception, run: Run | None) -> str | None:
     """The line that this rank prints of an error that ended the run, "" if another rank speaks;
     None if the error is a fault of this program's, of which the traceback is wanted."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_allocators(error):
+        device = run.device.type if run else "cpu"
         return (
-            f"out of device memory during {run.stage}: lower MICRO_BATCH_TOKENS or "
-            f"EVAL_BATCH_WINDOWS; saved so far: {', '.join(run.saved) or 'nothing'}"
+            f"out of memory of the {device} during {run.stage if run else 'start'}: lower "
+            "MODEL_DIM, MICRO_BATCH_TOKENS or EVAL_BATCH_WINDOWS; saved so far: "
+            f"{', '.join(run.saved) if run and run.saved else 'nothing'}"
         )
     if run and run.world_size > 1:
         found = dead_ranks(run, error)
         if found:
             line, is_speaker = found
             return line if is_speaker else ""
-    if isinstance(error, (KeyboardInterrupt, MemoryError)):
-        kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
+    if isinstance(error, KeyboardInterrupt):
         saved = ", ".join(run.saved) if run and run.saved else "nothing"
-        return f"{kind} during {run.stage if run else 'start'}; saved so far: {saved}"
+        return f"interrupted during {run.stage if run else 'start'}; saved so far: {saved}"
     if isinstance(error, (RunError, OSError)):
         return str(error) if os.environ.get("RANK", "0") == "0" else ""
     return None
 
 
-def print_help() -> None:
-    """Print the help, as far as the reader (`head`, say) wants it."""
-    with contextlib.suppress(BrokenPipeError):
+def is_allocators(error: Exception) -> bool:
+    """Whether an error is the CPU allocator's, which has no class of its own."""
+    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def print_help() -> int:
+    """Print the help, as far as the reader (`head`, say) wants it; the exit status."""
+    try:
         print(help_text(), flush=True)
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        tell(f"error: cannot print the help: {error.strerror}", sys.stderr)
+        return 2
+    return 0
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """RunError for arguments of the command line, with the variables that they may have meant."""
+    if not arguments:
+        return
+    words = (word.lstrip("-").partition("=") for word in arguments)
+    meant = {name.upper().replace("-", "_"): value for name, _, value in words}
+    known = [f"{k}={v or '...'}" for k, v in meant.items() if k in VARIABLES]
+    raise RunError(
+        f"arguments are not read: {' '.join(arguments)}. Everything is set by environment "
+        f"variables: {' '.join(known) or 'SEED=7'} python train_gpt.py, see --help"
+    )
 
 
 def main() -> int:
     """Run as the environment says; the exit status."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that it cannot spell
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print_help()
-        return 0
+        return print_help()
+    with heed_signals():
+        return run_as_told()
+
+
+def run_as_told() -> int:
+    """Run as the environment says, with an error as one line; the exit status."""
     run, launcher, status = None, None, 1
     try:
+        check_arguments(sys.argv[1:])
         cfg, notes = load_config(os.environ)
         launcher = Launcher(cfg)
         launcher.start()
         run = Run(cfg, launcher.cores)
         launcher.joined = True
         status = run_all(cfg, notes, run)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
         line = explain(error, run)
         if line is None or BOOLEANS.get(os.environ.get("DEBUG", "").lower()):
             traceback.print_exc()
         elif line:
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            tell(f"error: {line}", sys.stderr)
         status = 1 if line is None else 2
     if launcher:
         launcher.end()

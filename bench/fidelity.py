@@ -465,7 +465,7 @@ def own_text(folder: str) -> torch.Tensor:
     cfg, _ = golf.load_config({"SCALE": "demo", "DEVICE": "cpu", "PREPARED_PATH": folder})
     silent = types.SimpleNamespace(log=lambda line: None)  # all that is needed of a Run
     shard = golf.prepare_text(cfg, silent) / "text_val_000000.bin"
-    return torch.from_numpy(golf.open_shard(str(shard)).astype(np.int64))
+    return torch.from_numpy(golf.open_shard(str(shard))[:].astype(np.int64))
 
 
 # --- The recipe -----------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ import train_gpt as golf
 
 ROOT = Path(__file__).resolve().parent.parent
 # One folder of compiled graphs for all runs of all workers and suites, for this processor.
-GRAPHS = golf.Config(prepared_path=f"{tempfile.gettempdir()}/train_gpt_tests")
-COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(golf.kept_graphs(GRAPHS))}
+GRAPHS = Path(tempfile.gettempdir(), "train_gpt_tests", golf.kept_graphs().name)
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(GRAPHS)}
 os.environ |= COMPILED
 # A shell's background jobs ignore Ctrl-C, and so would all runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

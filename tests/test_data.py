@@ -407,7 +407,7 @@ def test_a_folder_of_text_is_enough(tmp_path, data, capsys):
     assert len(documents) == 26 and [*facts.values()] == [28, 1, 1, 1]
     both, _ = golf.user_documents(f"{folder}:{folder}/*.md")
     assert sorted(both) == sorted(documents)
-    with pytest.raises(golf.RunError, match="picture.png: cannot be read as UTF-8"):
+    with pytest.raises(golf.RunError, match="picture.png: no UTF-8 text .byte 0x89 at 0"):
         golf.user_documents(f"{folder}/*")
     own = golf.replace(cfg, text_files=str(folder), prepared_path=str(tmp_path), vocab_size=300)
     for _ in range(2):  # also when it is prepared already

@@ -164,7 +164,7 @@ def wait_for(process, beginning):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_rank_outlives_the_first(job, trained, number):
     """The others hold the same pipes: reading ends when all of them have ended, long before an
     evaluation in strides of one target would."""
@@ -173,8 +173,8 @@ def test_no_rank_outlives_the_first(job, trained, number):
     assert "computing with RANKS=2" in wait_for(process, "eval [")
     process.send_signal(number)
     _, err = process.communicate(timeout=15)
-    assert process.returncode == (2 if number == signal.SIGINT else -number)
-    if number == signal.SIGINT:
+    assert process.returncode == (-number if number == signal.SIGKILL else 2)
+    if number != signal.SIGKILL:
         assert err.startswith("error: interrupted during evaluation") and err.count("\n") == 1
 
 
@@ -189,23 +189,24 @@ def test_ctrl_c_ends_the_training_of_all_ranks_and_is_scored(job):
 
 MISSING_RANK = """
 import os, time
-if os.environ.get("RANK") == "1":
+if __name__ != "__main__":  # another rank, which imports this program
     {happens}
 import train_gpt as golf
 golf.START_SECONDS = 2.0
-os._exit(golf.main())
+if __name__ == "__main__":
+    os._exit(golf.main())
 """
 HANGING_RANK = """
 import os, time
 import train_gpt as golf
-golf.DEAF_SECONDS = 0.5
 take_step = golf.Trainer.take_step
 def hang(trainer):
     if trainer.steps == 2 and trainer.run.rank == 1:
         time.sleep(1000)
     take_step(trainer)
 golf.Trainer.take_step = hang
-os._exit(golf.main())
+if __name__ == "__main__":
+    os._exit(golf.main())
 """
 
 
@@ -248,7 +249,7 @@ def test_a_second_ctrl_c_ends_a_run_that_waits_for_a_rank(program):
         time.sleep(0.5)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 2
-    assert err == "error: interrupted while it waited for another rank\n"
+    assert err == "error: a second signal: ended at once\n"
 
 
 @pytest.mark.slow
@@ -302,14 +303,44 @@ def test_what_is_compiled_on_a_cpu(data, values, cores, expected):
     assert golf.compiles(cfg, run) == (cfg.compile == "1")  # evaluation
 
 
-def test_graphs_are_kept_beside_the_text_where_commands_can_name_it(data, monkeypatch, tmp_path):
-    """Inductor's commands fall apart at spaces and quotes: its own folder then."""
-    cfg, run, _ = data
-    for name, kept in (("my text", False), ("Tim's", False), ("text", True)):
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        own = golf.replace(cfg, compile="1", prepared_path=str(tmp_path / name))
-        golf.compiled(lambda x: x, own, run)
-        # Inductor, once imported, may have named its own folder there.
-        chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        assert (chosen == str(golf.kept_graphs(own))) == kept
-    assert str(golf.kept_graphs(own)).startswith(f"{tmp_path}/text/compiled_")
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An own cache folder, and nothing that names another one for compiled graphs."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def told_by(run, capsys):
+    """(what use_kept_graphs says, the folder that it chooses)."""
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    golf.use_kept_graphs(run)
+    return capsys.readouterr().out, golf.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
+def test_graphs_are_kept_where_only_this_user_can_write(run, cache, monkeypatch, capsys):
+    """They are unpickled: whoever can write there can run programs as this user."""
+    said, folder = told_by(run, capsys)
+    assert not said and folder == golf.kept_graphs() and folder.is_relative_to(cache)
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
+    for place in (folder, folder.parent):
+        for mode in (0o770, 0o707):
+            place.chmod(mode)
+            said, other = told_by(run, capsys)
+            assert "are not kept: " in said and "others can write there" in said
+            assert other != folder and other.stat().st_mode & 0o777 == 0o700
+        place.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # somebody else's folder
+    assert "others can write there" in told_by(run, capsys)[0]
+
+
+def test_graphs_are_not_kept_where_commands_cannot_name_the_folder(run, cache, monkeypatch, capsys):
+    """Inductor's commands fall apart at spaces and quotes; a file is no folder."""
+    for name, reason in (("my cache", "name it"), ("Tim's", "No closing"), ("file", "File exists")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / name))
+        (cache.parent / "file").touch()
+        said, folder = told_by(run, capsys)
+        assert reason in said and not folder.is_relative_to(cache.parent / name)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "asked for")
+    golf.use_kept_graphs(run)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "asked for"

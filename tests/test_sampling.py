@@ -26,20 +26,22 @@ def test_an_artifact_goes_on_from_a_prompt(job, trained):
 
 
 def test_a_sample_does_nothing_to_a_terminal():
-    told = golf.printable("a\tb\n\x1b[2J\r\x07\x9bñ\u202e\ue000'\\")
-    assert told == "a\tb\n\\x1b[2J\\r\\x07\\x9bñ\\u202e\\ue000'\\"
+    told = golf.printable("a\tb\n\x1b[2J\r\x07\x9bñ\u202e\ue000'\\\udce4")
+    assert told == "a\\tb\\n\\x1b[2J\\r\\x07\\x9bñ\\u202e\\ue000'\\\\udce4"
+    long = golf.printable("a" * 10**6)
+    assert len(long) < 1.1 * golf.LONGEST_LINE and " 996000 characters " in long
 
 
-def test_an_untrained_networks_sample_is_printable(monkeypatch, data):
-    """Whatever the tokens are, what is logged went through `printable`."""
+def test_an_untrained_networks_sample_is_printable(monkeypatch, data, capsys):
+    """Whatever the tokens are; its lines stay lines."""
     cfg, run, corpus = data
-    logged = []
-    monkeypatch.setattr(golf, "continue_tokens", lambda *_: torch.arange(cfg.eval_stride))
-    monkeypatch.setattr(golf, "printable", lambda text: f"<{text}>")
-    monkeypatch.setattr(run, "log", logged.append)
+    tokens = torch.tensor(corpus.tokenizer.encode("x\n\x1b]0;title\x07 y\nverdict"))
+    monkeypatch.setattr(golf, "continue_tokens", lambda *_: tokens)
     golf.sample(None, corpus, golf.replace(cfg, sample="x"), run)
-    told = [text.split(":\n", 1)[1] for text in logged]
-    assert len(told) == 2 and all(text[0] == "<" and text.endswith(">\n") for text in told)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert "\\x1b]0;title\\x07 y" in lines
+    assert sum(line.startswith("sample of the ") for line in lines) == 2
 
 
 @pytest.mark.slow

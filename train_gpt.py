@@ -3474,6 +3474,8 @@ class Checkpoint:
         """Take over what the trainer has read."""
         trainer, average, saved = self.trainer, self.trainer.average, self.trainer.saved
         for name, tensor in self.tensors().items():
+            if name not in saved or saved[name].shape != tensor.shape:
+                raise RunError(f"{self.run.base}.checkpoint: without {name} of this network")
             tensor.copy_(saved[name])
         for bank in trainer.optimizer.banks:
             bank.momentum.copy_(bank.own())
@@ -3879,7 +3881,10 @@ MAGIC = b"GOLFINT6"
 VERSION = 2
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, digest
 LZMA_MEMORY_BYTES = 1 << 30  # most that unpacking may take; its largest window is 2^30 - 1
-MOST_PARAMETERS = 1 << 30  # of an artifact; no header makes reading it take more memory than that
+# Parameters that an artifact may have, so that no header makes reading it take more memory or time
+# than its bytes are worth: an eighth of a bit each is less than any network that says something
+# has. So many that reading takes a second are free.
+MOST_PARAMETERS, PARAMETERS_PER_BYTE, FREE_PARAMETERS = 1 << 30, 64, 1 << 22
 SPREAD_LIMIT = 63  # of logarithms of a row's or column's spread: their sum fits into int8
 SPREAD_ROUNDS = 3  # alternating means of rows and columns settle at once
 LEAST_STD, MOST_STD = 0.1, 1e4  # of the Gaussians: all codes 0, all codes alike
@@ -3962,25 +3967,23 @@ def spreads(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tuple(x.round().clip(-SPREAD_LIMIT, SPREAD_LIMIT).astype(np.int8) for x in logs)
 
 
-def cell_models(sides: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, list]:
-    """(spread (cells,) int16 of each code; [(spread, its Gaussian)] of those in use)."""
+def cell_models(sides: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, Any]]:
+    """(indices of the codes of one spread, in their order; its Gaussian), by rising spread."""
     cells = np.concatenate([(row.astype(np.int16) + col).ravel() for row, col in sides])
-    models = []
-    for spread in np.unique(cells).tolist():
+    order = np.argsort(cells, kind="stable")
+    used, starts = np.unique(cells[order], return_index=True)
+    for spread, members in zip(used.tolist(), np.split(order, starts[1:]), strict=True):
         std = min(max(2.0 ** (spread / PER_OCTAVE), LEAST_STD), MOST_STD)
-        gaussian = constriction.stream.model.QuantizedGaussian(-127, 127, 0.0, std)
-        models.append((spread, gaussian))
-    return cells, models
+        yield members, constriction.stream.model.QuantizedGaussian(-127, 127, 0.0, std)
 
 
 def ans_encode(codes: list[np.ndarray]) -> PackedCodes:
     """Spreads of rows and columns inside, code words after, of int8 (M,rows,cols)."""
     sides = [spreads(c) for c in codes]
-    cells, models = cell_models(sides)
     symbols = np.concatenate([c.ravel() for c in codes])
     coder = constriction.stream.stack.AnsCoder()
-    for spread, model in reversed(models):  # a stack: last in, first out
-        coder.encode_reverse(symbols[cells == spread].astype(np.int32), model)
+    for members, model in reversed([*cell_models(sides)]):  # a stack: last in, first out
+        coder.encode_reverse(symbols[members].astype(np.int32), model)
     inside = b"".join(x.tobytes() for side in sides for x in side)
     return PackedCodes(inside, coder.get_compressed().astype("<u4").tobytes())
 
@@ -3996,12 +3999,10 @@ def ans_decode(packed: PackedCodes, shapes: list[Shape3]) -> list[np.ndarray]:
     for m, rows, cols in shapes:
         row, col = next(parts), next(parts)
         sides.append((row.reshape(m, rows, 1), col.reshape(m, 1, cols)))
-    cells, models = cell_models(sides)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
-    codes = np.empty(len(cells), np.int8)
-    for spread, model in models:
-        here = cells == spread
-        codes[here] = coder.decode(model, int(here.sum()))
+    codes = np.empty(count_codes(shapes), np.int8)
+    for members, model in cell_models(sides):
+        codes[members] = coder.decode(model, len(members))
     if not coder.is_empty():
         raise RunError("artifact: its code words do not end with its codes")
     return np.split(codes, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
@@ -4177,9 +4178,12 @@ def read_header(text: bytes, payload_bytes: int, cfg: Config) -> tuple[Config, d
         size = header["section_bytes"]
         fits = type(size) is int and 0 <= size <= payload_bytes and bool(header["vocabulary"])
         table = tensor_table(cfg)
-        fits = fits and sum(math.prod(entry.shape) for entry in table) <= MOST_PARAMETERS
+        parameters = sum(math.prod(entry.shape) for entry in table)
+        held = max(FREE_PARAMETERS, PARAMETERS_PER_BYTE * payload_bytes)
+        if parameters > min(held, MOST_PARAMETERS):
+            fits, reason = False, f": {parameters} parameters do not fit into {payload_bytes} bytes"
         fits = fits and header["tensors"] == [list(entry) for entry in table]
-        reason = other_tensor(header["tensors"], table)
+        reason = reason or other_tensor(header["tensors"], table)
         if fits and text != header_text(cfg, header["vocabulary"], size):
             fits, reason = False, " in the one way in which it is written"
     except (ValueError, KeyError, TypeError, AttributeError, RunError, RuntimeError, OverflowError):
@@ -5428,7 +5432,8 @@ class Evaluation:
     {target: the calibrated tables as they were when it was scored}. matched: {scoring: facts on
     the orders that matched, for the picture}. times: (N,) integers, how often the pass wrote each
     target, or, if it is from a file, how often its windows would. earlier_seconds: of a pass from a
-    file, else 0. network: network_digest of the artifact, from which the places are drawn.
+    file, else 0. network: network_digest of the artifact, from which the places are drawn. blob:
+    the artifact itself, if there is one.
     """
 
     def __init__(
@@ -5439,8 +5444,10 @@ class Evaluation:
         run: Run,
         network: str = "",
         places: Places | None = None,
+        blob: bytes = b"",
     ):
-        self.cfg, self.run, self.data, self.network = cfg, run, data, network
+        self.cfg, self.run, self.data = cfg, run, data
+        self.network, self.blob = network, blob
         self.neural = NeuralPass(model, data, cfg, run, cfg.eval_stride)
         self.rules = backoff_rules(cfg) if cfg.ngram_enabled else {}
         names = ["neural", *self.rules]
@@ -5511,16 +5518,26 @@ class Evaluation:
 
     def mixed_backoff(self, scoring: str) -> Tensor | None:
         """Log-probabilities (N,) of a backoff rule on rank 0; each rank looks up its span."""
-        cfg, run, spans, rule = self.cfg, self.run, self.neural.grid.spans, self.rules[scoring]
-        counted = rule.counted(self.neural.tokens, spans[run.rank], cfg)
-        part = backoff_columns(counted, rule.match, cfg)
+        run, spans = self.run, self.neural.grid.spans
+        part = self.backoff_part(scoring, spans[run.rank])
         part = BackoffColumns(*(run.gather(column, spans) for column in part))
         if not run.is_main:
             return None
-        part = BackoffColumns(*(column.to(run.device) for column in part))
         self.matched[scoring] = {"count": part.order.long().bincount().tolist()}
-        logp, entropy = (x.to(run.device) for x in (self.columns.logp, self.columns.entropy))
-        return backoff_logp(logp, entropy, part, cfg).cpu()
+        return self.blended(part)
+
+    def backoff_part(self, scoring: str, span: tuple[int, int]) -> BackoffColumns:
+        """A backoff rule's n-gram part of the targets of a rank's span, on this rank's device."""
+        rule = self.rules[scoring]
+        counted = rule.counted(self.neural.tokens, span, self.cfg)
+        return backoff_columns(counted, rule.match, self.cfg)
+
+    def blended(self, part: BackoffColumns) -> Tensor:
+        """Log-probabilities (N,), on the CPU, of a rule's n-gram part of all targets."""
+        columns = (*part, self.columns.logp, self.columns.entropy)
+        order, probability, logp, entropy = (x.to(self.run.device) for x in columns)
+        part = BackoffColumns(order, probability)
+        return backoff_logp(logp, entropy, part, self.cfg).cpu()
 
     def score(self, scoring: str, started: float) -> None:
         """Mix, and keep the row with its seconds since `started`; all ranks take part."""
@@ -5646,11 +5663,12 @@ def load_neural_pass(evaluation: Evaluation) -> bool:
     saved, grid = read_tensors(path), evaluation.neural.grid
     shape = (grid.num_targets, len(NeuralColumns._fields))
     found = saved.get("columns", torch.empty(0))
-    if "seconds" not in saved or (found.shape, found.dtype) != (shape, torch.float64):
+    seconds = float(saved.get("seconds", torch.tensor(0.0)))
+    if not 0 < seconds < math.inf or (found.shape, found.dtype) != (shape, torch.float64):
         raise RunError(f"{path}: not the neural pass that its name says; delete it")
     evaluation.columns = NeuralColumns(*(c.contiguous() for c in saved["columns"].unbind(1)))
     evaluation.times = grid.times()
-    evaluation.earlier_seconds = float(saved["seconds"])
+    evaluation.earlier_seconds = seconds
     evaluation.run.log(f"neural pass: {path}, made in {evaluation.earlier_seconds:.1f} s")
     return True
 
@@ -5808,22 +5826,43 @@ def rebuild(evaluation: Evaluation, target: int) -> Rebuilt:
     return Rebuilt(begin, differing, not all(torch.equal(used[k], rebuilt[k]) for k in used))
 
 
-def audit_single_pass(evaluation: Evaluation) -> dict:
-    """Every target was scored once, by a probability; the scores add up to the result; streams that
-    are cut off have the same scores and tables.
+def scores_again(evaluation: Evaluation) -> Tensor:
+    """Log-probabilities (n,) of the headline, mixed anew from the network's columns: of all N
+    targets, or of none where the calibrated mixer would have to go through a long stream again."""
+    total, headline = evaluation.neural.grid.num_targets, evaluation.headline
+    if headline == "neural":
+        return evaluation.columns.logp
+    if headline == "calibrated":
+        end = total if total <= REBUILT_TOKENS else 0
+        return mix(evaluation.mix_inputs(end), evaluation.cfg.mixer_chunk_tokens)[0].cpu()
+    parts = [
+        evaluation.backoff_part(headline, span)
+        for span in evaluation.neural.grid.spans
+        if span[0] < span[1]
+    ]
+    part = BackoffColumns(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    return evaluation.blended(part)
 
-    share: of the targets whose scores were compared with a cut-off stream's, if the headline has
-    tables; what comes before it was asked of all.
+
+def audit_single_pass(evaluation: Evaluation) -> dict:
+    """Every target was scored once, by a probability; the scores add up to the result and are those
+    of mixing anew; streams that are cut off have the same scores and tables.
+
+    share: of the targets whose scores were compared with those of mixing anew; what comes before it
+    was asked of all.
     """
     times, row = evaluation.times, evaluation.rows[evaluation.headline]
     scores = evaluation.logp[evaluation.headline]
+    again = scores_again(evaluation)
+    changed = int((scores[: len(again)] != again).sum())
     possible = torch.isfinite(scores) & (scores <= MOST_LOGP)
     scored = torch.isfinite(evaluation.columns.logp) & (times > 0)
     nats = -float(scores.flip(0).sum())
     sum_error = abs(nats / len(scores) - row["val_loss"]) / max(nats / len(scores), 1e-300)
     samples = rebuilt_samples(evaluation) if evaluation.headline == "calibrated" else []
     rebuilt = [rebuild(evaluation, target) for target in samples]
-    tables, differing = sum(r.differs for r in rebuilt), sum(r.differing_scores for r in rebuilt)
+    tables = sum(r.differs for r in rebuilt)
+    differing = changed + sum(r.differing_scores for r in rebuilt)
     passed = bool((times == 1).all()) and bool(scored.all()) and bool(possible.all())
     return {
         "passed": passed and sum_error <= SUM_WITHIN and not tables and not differing,
@@ -5835,7 +5874,7 @@ def audit_single_pass(evaluation: Evaluation) -> dict:
         "rebuilt_tables": len(rebuilt),
         "wrong_tables": tables,
         "differing_scores": differing,
-        "share": max((r.scores for r in rebuilt), default=len(times)) / len(times),
+        "share": max(len(again), *(r.scores for r in rebuilt), 0) / len(times),
     }
 
 
@@ -5861,6 +5900,9 @@ def audit_bytes(evaluation: Evaluation) -> dict:
     nats = row["val_loss"] * (len(val) - 1)
     by_bytes = row["val_bpb"] * math.log(2) * int(data.val_bytes.sum())
     divided_right = abs(by_bytes - nats) <= SUM_WITHIN * nats
+    total = int(data.table.target_bytes(val).sum())
+    divided_right &= row["bytes"] == int(data.val_bytes.sum()) == total
+    divided_right &= row["tokens"] == len(val) - 1
     return {
         "passed": wrong == unknown == 0 and counted == len(text) and same_text and divided_right,
         "documents": len(documents),
@@ -5980,8 +6022,24 @@ def decode_message(model: GPT, message: bytes, cfg: Config, run: Run) -> list[Te
     return windows.tokens
 
 
+def other_weights(evaluation: Evaluation) -> int:
+    """How many of the network's tensors are not those of the artifact."""
+    if not evaluation.blob:
+        return 0
+    vocabulary = evaluation.data.corpus["vocabulary_sha256"]
+    _, stored = unpack(evaluation.blob, evaluation.cfg, vocabulary)
+    own = dict(evaluation.neural.model.named_parameters())
+    same = [
+        name
+        for name, tensor in stored.items()
+        if name in own and torch.equal(own[name].detach().cpu(), tensor.tensor())
+    ]
+    return len(own.keys() | stored.keys()) - len(same)
+
+
 def audit_decodable(evaluation: Evaluation) -> dict:
-    """Code parts of the stream from the headline's distributions, and decode them.
+    """Code parts of the stream from the headline's distributions, and decode them, with the network
+    that the artifact holds.
 
     The message may have allowed_bits more than the claim, for its last word and the coder's fixed
     point. So few targets would leave room in that for a mass above 1: the masses are asked, too.
@@ -5998,11 +6056,13 @@ def audit_decodable(evaluation: Evaluation) -> dict:
     allowed = CODED_SHARE * claim + CODED_BITS  # fewer bits than claimed: nothing was overclaimed
     mass_error = float(np.max(np.abs(np.array(masses) - 1)))
     within = bits <= claim + allowed and mass_error <= MASS_WITHIN
+    other = other_weights(evaluation)
     return {
-        "passed": same and within and error <= SCORE_WITHIN,
+        "passed": same and within and error <= SCORE_WITHIN and not other,
         "targets": len(coded),
         "windows": len(runs),
         "prefix_tokens": runs[-1][0] + 1,
+        "other_weights": other,
         "same_tokens": same,
         "score_error": error,
         "mass_error": mass_error,
@@ -6362,7 +6422,20 @@ def submission(record: dict) -> bytes:
         "corpus": record["corpus"],
         "revision": facts["revision"],
     }
-    return json.dumps(copied | {"name": config["run_id"]} | scores | more, indent=1).encode()
+    return as_json(copied | {"name": config["run_id"]} | scores | more)
+
+
+def as_json(value: Any) -> bytes:
+    """JSON of nested data. It has no numbers for what is infinite or none: these become text."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: finite(x) for key, x in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(x) for x in part]
+        return str(part) if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=1, allow_nan=False).encode()
 
 
 def report_budgets(total_bytes: int, eval_seconds: float, cfg: Config, run: Run) -> None:
@@ -6390,21 +6463,25 @@ def used_text(used: float) -> str:
 def verdict_of(record: dict) -> dict[str, str]:
     """{what is wrong with the headline: the figure}, worst first; {} if the score is valid."""
     final, corpus, found = record["final"][-1], record["corpus"], {}
+    scored = [row["val_bpb"] for row in record["result"] if row["scoring"] == final["scoring"]]
+    if final["val_bpb"] not in scored or not 0 < final["val_bpb"] < math.inf:
+        found["NO SCORE"] = f"val_bpb {final['val_bpb']}"
     if final["normalized"] == "no":
         rows = {row["scoring"]: row for row in record["result"] if "mass" in row}
         found["NOT A DISTRIBUTION"] = f"mass {rows[final['scoring']]['mass']:.4g}"
     failed = [row["name"] for row in record["audit"] if row["verdict"] != "PASS"]
     if failed:
         found["AUDIT FAILED"] = ", ".join(failed)
-    if not record["audit"]:
-        found["NOT AUDITED"] = "AUDIT=0"
-    over = [row for row in record["budget"] if not row["used"] <= row["limit"]]
+    missing = AUDITS.keys() - {row["name"] for row in record["audit"]}
+    if missing:
+        found["NOT AUDITED"] = ", ".join(sorted(missing)) if record["audit"] else "AUDIT=0"
+    over = [row for row in record["budget"] if not 0 <= row["used"] <= row["limit"] < math.inf]
     if over:
         found["OVER BUDGET"] = ", ".join(
             f"{row['name']} {used_text(row['used'])}/{row['limit']:.10g}" for row in over
         )
     in_train = corpus.get("val_in_train_share", 0.0)
-    if in_train > NOT_HELD_OUT_SHARE:
+    if not in_train <= NOT_HELD_OUT_SHARE:
         found["NOT HELD OUT"] = f"{in_train:.1%} of the validation text is in the training text"
     for row in record.get("interrupted", []):
         found[INTERRUPTED] = f"training ended by a signal after {row['steps']} steps"
@@ -6510,7 +6587,7 @@ def final_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run) -> 
     run.record["verdict"] = [verdict]
     run.record["verdict_line"] = verdict_line(verdict)
     run.save(".submission.json", submission(run.record))
-    run.save(".json", json.dumps(run.record, indent=1).encode())
+    run.save(".json", as_json(run.record))
     save_picture(run)
     run.record["final"].clear()  # the line is logged as data once more, as the last
     run.log(f"verdict {verdict_line(verdict)}")
@@ -6575,7 +6652,7 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     run.stage, started = "evaluation", run.sync()
     cfg, model, network = load_network(blob, data, cfg, run)
     run.record["network_sha256"] = network
-    evaluation = Evaluation(model, data, cfg, run, network)
+    evaluation = Evaluation(model, data, cfg, run, network, blob=blob)
     evaluation.neural_pass()
     evaluation.score(evaluation.headline, started - evaluation.earlier_seconds)  # the clock ends
     run.on_main(lambda: report_headline(evaluation))

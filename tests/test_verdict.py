@@ -23,9 +23,18 @@ RECORD = {
         {"scoring": "neural", "val_bpb": 1.9, "bytes": 240_000, "tokens": 100_000},
         {"scoring": "calibrated", "val_bpb": 1.2, "bytes": 240_000, "tokens": 100_000, "mass": 1.0},
         {"scoring": "neural", "val_bpb": 1.8, "bytes": 240_000, "tokens": 100_000, "mass": 1.0},
-        {"scoring": "backoff_hashed", "bytes": 240_000, "tokens": 100_000, "mass": 248.02},
+        {
+            "scoring": "backoff_hashed",
+            "val_bpb": 1.2,
+            "bytes": 240_000,
+            "tokens": 100_000,
+            "mass": 248.02,
+        },
     ],
-    "audit": [{"name": "causal", "verdict": "PASS"}, {"name": "bytes", "verdict": "PASS"}],
+    "audit": [
+        {"name": name, "verdict": "PASS"}
+        for name in ("causal", "normalized", "single_pass", "bytes", "decodable")
+    ],
     "budget": [{"name": "total_bytes", "used": 15_999_999, "limit": 16_000_000}],
     "unigram_bpb": 3.5,
 }
@@ -54,6 +63,9 @@ def changed(**values):
         ),
         (dict(audit=[]), "NOT AUDITED (AUDIT=0)"),
         (dict(audit__verdict="FAIL"), "AUDIT FAILED (causal)"),
+        (dict(audit=RECORD["audit"][:3]), "NOT AUDITED (bytes, decodable)"),
+        (dict(final__val_bpb=math.nan), "NO SCORE (val_bpb nan)"),
+        (dict(final__val_bpb=1.1), "NO SCORE (val_bpb 1.1)"),
         (dict(budget__used=16_000_001), "OVER BUDGET (total_bytes 16000001/16000000)"),
         (dict(budget__used=16_000_000.0004), "OVER BUDGET (total_bytes 16000000.000/16000000)"),
         (dict(budget__used=math.nan), "OVER BUDGET (total_bytes nan/16000000)"),

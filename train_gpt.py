@@ -78,6 +78,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Packages take seconds to load: Ctrl-C is one line then, too. main() heeds signals better.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("error: interrupted during start"))
+
 import constriction
 import numpy as np
 import safetensors.torch

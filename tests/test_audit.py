@@ -211,15 +211,29 @@ def test_a_score_that_is_no_probability_is_found(data, artifact, monkeypatch, va
     assert not row["passed"] and row["impossible_scores"] == 1
 
 
-def test_cut_off_streams_are_compared_score_by_score(data, artifact):
+def test_cut_off_streams_are_compared_score_by_score(data, artifact, monkeypatch):
     """One score that no sample, coded target or changed stream touches."""
     evaluation = evaluated(data, artifact, **SMALL)
     last = max(golf.rebuilt_samples(evaluation)) // 64 * 64 - 1
+    row = golf.audit_single_pass(evaluation)
+    assert row["passed"] and row["share"] == 1.0
+    # As of a stream that is too long to be mixed anew as a whole.
+    monkeypatch.setattr(golf, "scores_again", lambda _: torch.empty(0))
     row = golf.audit_single_pass(evaluation)
     assert row["passed"] and row["share"] == (last + 1) / 1024 > 0.8
     evaluation.logp["calibrated"][last] += 1e-12
     row = golf.audit_single_pass(evaluation)
     assert not row["passed"] and row["differing_scores"] == 1 and row["wrong_tables"] == 0
+
+
+@pytest.mark.parametrize("scoring", ["neural", "backoff", "calibrated"])
+def test_every_score_of_the_headline_is_mixed_anew(data, artifact, scoring):
+    """Also the last one, which no cut-off stream has."""
+    evaluation = evaluated(data, artifact, scoring=scoring, **SMALL)
+    assert golf.audit_single_pass(evaluation)["passed"]
+    evaluation.logp[evaluation.headline][-1] += 1e-12
+    row = golf.audit_single_pass(evaluation)
+    assert not row["passed"] and row["differing_scores"] == 1 and row["share"] == 1.0
 
 
 def test_places_follow_from_what_is_scored_and_not_from_its_spelling(data, artifact):

@@ -912,7 +912,7 @@ ROLL_CALL_SECONDS = 3.0  # to answer; torchrun leaves a rank 30 s when another h
 GLOO_ERRORS = ("gloo", "pair closure")  # words of its errors, which are no class of their own
 LONGEST_LINE = 4000  # characters of a line that is logged or printed: enough for every setting
 # What reading JSON of somebody else's can raise: of what it is, and of what it holds.
-UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, RunError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RunError)
 
 
 def printable(text: str) -> str:

@@ -123,16 +123,19 @@ def test_checkpoints_that_do_not_fit_are_refused(job, tmp_path):
     path = tmp_path / f"{NAME}.checkpoint"
     more = dict(RESUME="1", ITERATIONS="12", NGRAM_ENABLED="0", LOGS_PATH=str(tmp_path))
     cases = [
-        (dict(MATRIX_LR="0.5"), "other settings"),
+        (dict(MATRIX_LR="0.5"), "MATRIX_LR was 0.025, is 0.5"),
         (dict(RUN_ID="none"), "there is no"),
-        (dict(MODEL_DIM="64"), "other settings"),
+        (dict(MODEL_DIM="64"), "MODEL_DIM was 32, is 64"),
+        (dict(COMPUTE="bfloat16"), "COMPUTE was float32, is bfloat16"),
     ]
     for change, word in cases:
         done = job(**more | change)
         assert done.returncode == 2 and word in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and ".checkpoint" in done.stderr
     blob = path.read_bytes()
-    for bad in (blob[: len(blob) // 2], b"", b"x" * 99):
+    flipped = bytearray(blob)
+    flipped[-1000] ^= 4
+    for bad in (blob[: len(blob) // 2], b"", b"x" * 99, bytes(flipped)):
         path.write_bytes(bad)
         done = job(**more)
         assert done.returncode == 2 and str(path) in done.stderr
@@ -272,7 +275,7 @@ def test_two_ranks_that_torchrun_stops_reach_the_score(workplace, tmp_path):
     folder, env = workplace
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | env
     env |= dict(LOGS_PATH=str(tmp_path), ITERATIONS="1000000", TRAIN_LOG_EVERY="1", AUDIT="strict")
-    rank = f'trap "" TERM; {sys.executable} {ROOT}/train_gpt.py; echo $? > {tmp_path}/status.$RANK'
+    rank = f"trap : TERM; {sys.executable} {ROOT}/train_gpt.py; echo $? > {tmp_path}/status.$RANK"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
         [*launch, "--shutdown-timeout=600", "--no-python", "bash", "-c", rank],

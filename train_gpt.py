@@ -6470,7 +6470,7 @@ def verdict_of(record: dict) -> dict[str, str]:
     scored = [row["val_bpb"] for row in record["result"] if row["scoring"] == final["scoring"]]
     if final["val_bpb"] not in scored or not 0 < final["val_bpb"] < math.inf:
         found["NO SCORE"] = f"val_bpb {final['val_bpb']}"
-    if final["normalized"] == "no":
+    if final["normalized"] != "yes":
         rows = {row["scoring"]: row for row in record["result"] if "mass" in row}
         found["NOT A DISTRIBUTION"] = f"mass {rows[final['scoring']]['mass']:.4g}"
     failed = [row["name"] for row in record["audit"] if row["verdict"] != "PASS"]
@@ -6479,6 +6479,9 @@ def verdict_of(record: dict) -> dict[str, str]:
     missing = AUDITS.keys() - {row["name"] for row in record["audit"]}
     if missing:
         found["NOT AUDITED"] = ", ".join(sorted(missing)) if record["audit"] else "AUDIT=0"
+    budgets = {row["name"] for row in record["budget"]}
+    if not budgets >= {"total_bytes", "eval_seconds"}:
+        found["OVER BUDGET"] = "not known"
     over = [row for row in record["budget"] if not 0 <= row["used"] <= row["limit"] < math.inf]
     if over:
         found["OVER BUDGET"] = ", ".join(
@@ -6489,9 +6492,10 @@ def verdict_of(record: dict) -> dict[str, str]:
         found["NOT HELD OUT"] = f"{in_train:.1%} of the validation text is in the training text"
     for row in record.get("interrupted", []):
         found[INTERRUPTED] = f"training ended by a signal after {row['steps']} steps"
-    size = int(record["result"][0]["bytes"] * corpus["val_distinct_share"])
-    if size < LEAST_VAL_BYTES:
-        found[TOO_LITTLE] = f"{size} bytes that do not repeat others, of {LEAST_VAL_BYTES}"
+    distinct = corpus["val_distinct_share"]
+    size = record["result"][0]["bytes"] * (distinct if 0 <= distinct <= 1 else 0)
+    if not size >= LEAST_VAL_BYTES:
+        found[TOO_LITTLE] = f"{size:.0f} bytes that do not repeat others, of {LEAST_VAL_BYTES}"
     return found
 
 

@@ -7,6 +7,7 @@ several runs; `findings` asks of each all that is asked of it in a run.
 
 import argparse
 import ast
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -14,8 +15,9 @@ import inspect
 import json
 import lzma
 import math
+import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,12 @@ from tools import summary
 DOCUMENTS, DOCUMENT_TOKENS = 4, 256  # of the validation stream that is scored here
 TARGETS = DOCUMENTS * DOCUMENT_TOKENS
 SAMPLES = 8  # targets at which scorings are summed here
-DRAWS = 48  # of windows and samples, for a lie that is found by chance
+DRAWS = 24  # of windows and samples, for a lie that is found by chance
 NORMALIZED = {"normalized", "decodable"}  # find what is no distribution, or not the one scored
 DRAWN_BY = golf.drawn_by
 # Checks that end a run: module, function, words of the message.
 REFUSALS = {
-    "magic": (golf, "open_shard", ", expected"),
+    "magic": (golf, "open_shard", ": magic "),
     "size of a shard": (golf, "open_shard", "the file has"),
     "vocabulary of a shard": (golf, "check_shard", "not below"),
     "text of a shard": (golf, "check_shard", "stand for no text"),
@@ -45,7 +47,7 @@ REFUSALS = {
     "tokenizer": (golf, "check_tokenizer", "bits per byte cannot be told"),
     "number of BOS": (golf, "load_tokenizer", "shards have"),
     "unknown pieces": (golf, "read_data", "whose bytes nobody knows"),
-    "space sign": (golf, "user_documents", "has U+2581"),
+    "space sign": (golf, "read_text", "has U+2581"),
     "bytes of a document": (golf, "encode_documents", "its tokens stand for"),
     "digest": (golf, "open_artifact", "does not match"),
     "version": (golf, "open_artifact", "of format version"),
@@ -61,10 +63,13 @@ REFUSALS = {
     "verdicts": (summary, "check_verdicts", "not VALID"),
     "code": (summary, "make_record", "made by another"),
     "gaps": (summary, "read_run", "a run's record without"),
+    "one network": (summary, "check_networks", "the same network as"),
+    "training": (summary, "check_trained", "not trained under a cap"),
+    "saved pass": (golf, "load_neural_pass", "not the neural pass that its name says"),
 }
 VERDICTS = {
     *("NOT A DISTRIBUTION", "AUDIT FAILED", "NOT AUDITED", "OVER BUDGET", "NOT HELD OUT"),
-    *("INTERRUPTED", "TOO LITTLE TEXT"),
+    *("INTERRUPTED", "TOO LITTLE TEXT", "NO SCORE"),
 }
 NOT_THE_CHALLENGES = "not the challenge's validation text"
 # Parts of what a record is warned of; the others are verdicts.
@@ -83,7 +88,7 @@ class World:
     """What a lie can falsify, honest at first, for one test.
 
     cfg, run, corpus: of a tiny run whose validation stream has DOCUMENTS documents. blob: its
-    artifact. folder: empty.
+    artifact. folder: empty. out: names of the checks that are taken out.
     """
 
     patch: pytest.MonkeyPatch
@@ -92,6 +97,7 @@ class World:
     run: golf.Run
     corpus: golf.Data
     blob: bytes
+    out: set[str] = dataclasses.field(default_factory=set)
 
     def network(self, scoring: str = "neural", **values) -> golf.Evaluation:
         """The artifact's network, before its pass."""
@@ -99,11 +105,23 @@ class World:
         run.base = str(self.folder / "run")
         cfg = golf.replace(self.cfg, scoring=scoring, **values)
         cfg, model, digest = golf.load_network(self.blob, self.corpus, cfg, run)
-        return golf.Evaluation(model, self.corpus, cfg, run, digest)
+        return golf.Evaluation(model, self.corpus, cfg, run, digest, blob=self.blob)
 
     def scored(self, scoring: str = "neural", **values) -> golf.Evaluation:
         """An evaluation of the artifact, before its audit."""
         return score(self.network(scoring, **values))
+
+    def honest(self, scoring: str = "neural") -> golf.Evaluation:
+        """The same where nothing was falsified so far, for it is scored once for all tests."""
+        evaluation = self.network(scoring)
+        if scoring not in SCORED:
+            SCORED[scoring] = score(self.network(scoring))
+        for name in ("columns", "times", "places", "pass_seconds"):
+            setattr(evaluation, name, getattr(SCORED[scoring], name))
+        for name in ("rows", "logp", "mixers", "matched"):
+            setattr(evaluation, name, copy.copy(getattr(SCORED[scoring], name)))
+        evaluation.rows = copy.deepcopy(evaluation.rows)
+        return evaluation
 
     def shards(self, model: bytes = b"", **splits) -> golf.Config:
         """Settings of a run on a folder of these shards, train= and val=, by default honest, with a
@@ -149,6 +167,7 @@ class Lie:
 
 
 LIES: list[Lie] = []
+SCORED: dict[str, golf.Evaluation] = {}  # by scoring, of the honest artifact
 
 
 def lie(stage: str, *found_by: str, probability: float = 1.0):
@@ -182,7 +201,9 @@ def faults(record: dict) -> set[str]:
 def judge_evaluation(world: World, evaluation: golf.Evaluation) -> set[str]:
     """The checks that fail, and the verdict of the report."""
     run = evaluation.run
-    evaluation.masses()
+    run.record.clear()
+    if "mass" not in evaluation.rows[evaluation.headline]:
+        evaluation.masses()
     failed = {*golf.audit(evaluation)}
     golf.describe_run(evaluation.cfg, [], evaluation.data, run)
     verdict = golf.final_report(evaluation, world.blob, evaluation.cfg, run)
@@ -203,7 +224,7 @@ def judge_data(world: World, cfg: golf.Config) -> set[str]:
     data = golf.load_data(cfg, world.run.alone())
     row = golf.score_of(torch.full((len(data.val) - 1,), -1.0), data.val_bytes)
     stub = types.SimpleNamespace(data=data, rows={"neural": row}, headline="neural")
-    failed = {n for n, f in golf.AUDITS.items() if n == "bytes" and not f(stub)["passed"]}
+    failed = {"bytes"} - world.out if not golf.audit_bytes(stub)["passed"] else set()
     shares = {key: x for key, x in data.corpus.items() if key.endswith("_share")}
     record = challenge_record()
     record["corpus"] |= shares
@@ -219,8 +240,9 @@ def judge_runs(world: World, records: list[dict]) -> set[str]:
         path.write_text(json.dumps(record))
         path.with_suffix(".txt").write_text("a log")
     parts = dict(runs=[*map(str, paths)], record=str(world.folder / "record"), submission="")
-    wanted = dict(baseline="", mixed=False, any_verdict=False)
+    wanted = dict(baseline="", mixed=False, any_verdict=False, untrained=False)
     summary.run(argparse.Namespace(**parts, **wanted))
+    shutil.rmtree(parts["record"])  # for who asks again
     return set()
 
 
@@ -230,6 +252,7 @@ JUDGES = {
     golf.Config: judge_data,
     dict: lambda _, record: faults(record),
     list: judge_runs,
+    types.FunctionType: lambda world, make: judge_evaluation(world, make()),
 }
 
 
@@ -242,7 +265,7 @@ def findings(world: World, planted) -> set[str]:
             return refused | JUDGES[type(planted)](world, planted)
         except (golf.RunError, summary.SummaryError) as error:
             names = [name for name, (_, _, words) in REFUSALS.items() if words in str(error)]
-            assert len(names) == 1 and names[0] not in refused, (names, error)
+            assert len(names) == 1 and names[0] not in world.out, (names, error)
             refused |= {*names}
             take_out(world, *names)
 
@@ -270,9 +293,22 @@ def any_section(data: bytes, most_bytes: int) -> bytes:
     return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, most_bytes)
 
 
+def kept(check: Callable) -> Callable:
+    """A check that asks an evaluation once: whether others are taken out changes no answer."""
+    told: dict[golf.Evaluation, dict] = {}
+
+    def ask(evaluation):
+        if evaluation not in told:
+            told[evaluation] = check(evaluation)
+        return {**told[evaluation]}
+
+    return ask
+
+
 def take_out(world: World, *names: str) -> None:
-    """Leave these checks out of all that is asked."""
-    for name in names:
+    """Leave these checks out of all that is asked from now on."""
+    for name in {*names} - world.out:
+        world.out.add(name)
         if name in golf.AUDITS:
             audits = {n: check for n, check in golf.AUDITS.items() if n != name}
             world.patch.setattr(golf, "AUDITS", audits)
@@ -282,6 +318,9 @@ def take_out(world: World, *names: str) -> None:
                 lenient = {"decode": without_refusal(golf.ans_decode, REFUSALS[name][2])}
             other = golf.COMPRESSORS["ans"]._replace(**lenient)
             world.patch.setitem(golf.COMPRESSORS, "ans", other)
+        elif name == "space sign":  # of what is read; the words are there, the check is elsewhere
+            read = golf.read_text
+            world.patch.setattr(golf, "read_text", lambda path, read=read: (read(path)[0], ""))
         elif name in REFUSALS:
             module, function, words = REFUSALS[name]
             other = without_refusal(getattr(module, function), words)
@@ -361,10 +400,12 @@ def world(small, blob, tmp_path, monkeypatch):
     """An honest World, in which little text is enough and little of it is looked at."""
     for name, value in dict(
         MASS_POSITIONS=SAMPLES,
-        AUDIT_TARGETS=8,
-        AUDIT_STEPS=4,
+        AUDIT_TARGETS=4,
+        AUDIT_STEPS=2,
+        AUDIT_TABLES=2,
         LEAST_VAL_BYTES=int(0.8 * small[2].val_bytes.sum()),
         drawn_by=drawn(37),
+        AUDITS={name: kept(check) for name, check in golf.AUDITS.items()},
     ).items():
         monkeypatch.setattr(golf, name, value)
     return World(monkeypatch, tmp_path, *small, blob)
@@ -374,15 +415,16 @@ KEPT: list[str] = []  # the record of an honest run, as JSON: its making takes a
 
 
 def honest_runs(world: World) -> list[dict]:
-    """Records of two seeds of one configuration, made of one run's."""
+    """Records of two seeds of one configuration, made of one run's, as if it had trained."""
     if not KEPT:
-        evaluation = world.scored()
+        evaluation = world.honest()
         assert judge_evaluation(world, evaluation) == set()
         KEPT.append(json.dumps(evaluation.run.record))
     (text,), records = KEPT, []
     for seed in (1, 2):
         record = json.loads(text)
-        record["config"] |= dict(seed=seed, run_id=f"run{seed}")
+        record |= dict(trained=[{"steps": 7}], network_sha256=f"{seed:064}")
+        record["config"] |= dict(seed=seed, run_id=f"run{seed}", max_wallclock_seconds=600.0)
         record["final"][-1] |= dict(seed=seed)
         records.append(record)
     return records
@@ -392,6 +434,7 @@ HONEST = {
     "neural": lambda world: world.scored(),
     "backoff": lambda world: world.scored("backoff", ngram_table="exact"),
     "calibrated": lambda world: world.scored("calibrated"),
+    "saved pass": lambda world: saved_pass(world, 0.25),
     "artifact": lambda world: world.blob,
     "shards": lambda world: world.shards(),
     "texts": lambda world: world.texts(world.pages()),
@@ -417,7 +460,7 @@ def raised(evaluation: golf.Evaluation, targets, nats: float = 0.1) -> golf.Eval
     return claim(evaluation, logp)
 
 
-def unsampled(evaluation: golf.Evaluation, targets: range) -> int:
+def unsampled(evaluation: golf.Evaluation, targets: Iterable[int]) -> int:
     """The first of these targets that is neither summed nor coded."""
     places = evaluation.places
     seen = {*places.samples}.union(*(range(*run) for run in places.coded))
@@ -425,15 +468,11 @@ def unsampled(evaluation: golf.Evaluation, targets: range) -> int:
 
 
 def rows_with(world: World, change: Callable[[dict, int], dict]) -> golf.Evaluation:
-    """An evaluation whose rows were falsified where the scores are summed; change(row, targets)."""
-    summed = golf.score_of
-
-    def other(logp, byte_counts):
-        row = summed(logp, byte_counts)
-        return row | change(row, len(logp))
-
-    world.patch.setattr(golf, "score_of", other)
-    return world.scored()
+    """An evaluation whose row was falsified where the scores are summed; change(row, targets)."""
+    evaluation = world.honest()
+    row = evaluation.rows["neural"]
+    row |= change(row, TARGETS)
+    return evaluation
 
 
 @lie("score", "single_pass")
@@ -443,16 +482,16 @@ def scores_sum_to_less(world):
     return rows_with(world, lambda row, _: {key: 0.99 * row[key] for key in better})
 
 
-@lie("score", "single_pass", "bytes")
-def the_loss_is_of_more_targets(world):
-    """As where documents' ends are counted and not scored."""
-    return rows_with(world, lambda row, n: {"val_loss": row["val_loss"] * n / (n + 9)})
+@lie("score", "bytes")
+def a_row_tells_more_bytes(world):
+    """So that less text looks like enough."""
+    return rows_with(world, lambda row, _: {"bytes": row["bytes"] + 1000})
 
 
 @lie("score", "bytes")
-def the_bits_are_of_more_bytes(world):
-    """Of a file with its line ends counted twice, say."""
-    return rows_with(world, lambda row, _: {"val_bpb": row["val_bpb"] * 0.97})
+def a_row_tells_fewer_tokens(world):
+    """So that a target looks like one of longer pieces."""
+    return rows_with(world, lambda row, n: {"tokens": n - 1})
 
 
 @lie("score", "bytes")
@@ -461,86 +500,46 @@ def the_bits_are_rounded_down(world):
     return rows_with(world, lambda row, _: {"val_bpb": math.floor(1000 * row["val_bpb"]) / 1000})
 
 
-@lie("score", *NORMALIZED)
-def every_score_is_better_than_its_distribution(world):
-    """Wherever scores are mixed, the decoder's included."""
-    mixed = golf.Evaluation.mixed
-    world.patch.setattr(golf.Evaluation, "mixed", lambda self, name: 0.99 * mixed(self, name))
-    return world.scored()
-
-
-@lie("score", *NORMALIZED)
-def every_calibrated_score_is_better_than_its_distribution(world):
-    """In `mix`, by which streams are mixed anew, too."""
-    mix = golf.mix
-
-    def better(*args):
-        logp, kept = mix(*args)
-        return 0.99 * logp, kept
-
-    world.patch.setattr(golf, "mix", better)
-    return world.scored("calibrated")
-
-
-@lie("score", "decodable")
-def a_coded_score_is_better(world):
-    """Of a target after those that a changed stream shows."""
-    evaluation = world.scored()
-    places = evaluation.places
-    coded = {target for run in places.coded for target in range(*run)} - {*places.samples}
-    return raised(evaluation, max(target for target in coded if target >= places.changed))
-
-
-@lie("score", "normalized")
-def a_summed_score_is_better(world):
-    """Likewise, and not coded."""
-    evaluation = world.scored()
-    places = evaluation.places
-    coded = {target for run in places.coded for target in range(*run)}
-    return raised(evaluation, max({*places.samples} - coded))
-
-
-@lie("score", "causal")
-def an_early_score_is_better(world):
-    """Before what is replaced: another pass over the same tokens has another score."""
-    evaluation = world.scored()
-    return raised(evaluation, unsampled(evaluation, range(evaluation.places.changed)))
-
-
-@lie("score", "single_pass")
-def a_calibrated_score_is_better(world):
-    """Between what is replaced and the last cut: the stream that ends there has another score."""
-    evaluation = world.scored("calibrated")
-    cut = max(golf.rebuilt_samples(evaluation)) // 64 * 64
-    return raised(evaluation, unsampled(evaluation, range(evaluation.places.changed, cut)))
-
-
 def late(evaluation: golf.Evaluation) -> range:
     """The targets that no other stream than the run's own has."""
     return range(evaluation.places.prefix, TARGETS)
 
 
 @lie("score", "single_pass")
+def a_late_score_is_better(world):
+    """Neither summed nor coded nor in a changed stream: the network's column has another."""
+    evaluation = world.honest()
+    return raised(evaluation, unsampled(evaluation, late(evaluation)))
+
+
+@lie("score", "single_pass")
+def a_late_backoff_score_is_better(world):
+    """Likewise, of a rule."""
+    evaluation = world.honest("backoff")
+    return raised(evaluation, unsampled(evaluation, late(evaluation)))
+
+
+@lie("score", "single_pass")
+def a_late_calibrated_score_is_better(world):
+    """After the last cut, too."""
+    evaluation = world.honest("calibrated")
+    cut = max(golf.rebuilt_samples(evaluation)) // 64 * 64
+    return raised(evaluation, unsampled(evaluation, range(max(cut, late(evaluation)[0]), TARGETS)))
+
+
+@lie("score", "single_pass")
 def a_probability_is_above_one(world):
     """Of a late target."""
-    evaluation = world.scored()
+    evaluation = world.honest()
     target = unsampled(evaluation, late(evaluation))
     return raised(evaluation, target, 0.5 - float(evaluation.logp["neural"][target]))
 
 
-@lie("score", "single_pass", "bytes")
+@lie("score", "single_pass", "bytes", "NO SCORE")
 def a_score_is_no_number(world):
     """Whatever is compared with it."""
-    evaluation = world.scored()
+    evaluation = world.honest()
     return raised(evaluation, unsampled(evaluation, late(evaluation)), math.nan)
-
-
-@lie("score", "normalized", probability=1 - (1 - 1 / 32) ** SAMPLES)
-def some_scores_are_better(world):
-    """One target in 32 of the stream; samples hit them by chance."""
-    world.patch.setattr(golf, "RESCORED_WINDOWS", 1)  # which the pass's columns survive anyway
-    evaluation = world.scored()
-    return raised(evaluation, slice(TARGETS - TARGETS // 32, None), 1.0)
 
 
 # Windows, and the network in them.
@@ -551,10 +550,13 @@ def window(evaluation: golf.Evaluation) -> slice:
     return slice(TARGETS - 48, TARGETS - 32)
 
 
-def with_column(evaluation: golf.Evaluation, name: str, nats: float) -> golf.Evaluation:
-    """An evaluation whose pass has another number in a late window, scored by what it has."""
+def with_column(
+    evaluation: golf.Evaluation, name: str, nats: float, targets=None
+) -> golf.Evaluation:
+    """An evaluation whose pass has another number at some targets, by default a late window's,
+    scored by what it has."""
     column = getattr(evaluation.columns, name).clone()
-    column[window(evaluation)] += nats
+    column[window(evaluation) if targets is None else targets] += nats
     evaluation.columns = evaluation.columns._replace(**{name: column})
     return claim(evaluation, evaluation.mixed(evaluation.headline))
 
@@ -562,26 +564,31 @@ def with_column(evaluation: golf.Evaluation, name: str, nats: float) -> golf.Eva
 @lie("window", "normalized")
 def a_window_is_better_than_the_network(world):
     """Of columns and scores alike."""
-    return with_column(world.scored(), "logp", 1.0)
+    return with_column(world.honest(), "logp", 1.0)
+
+
+@lie("window", "causal")
+def an_early_window_that_is_not_drawn_is_better(world):
+    """Before what is replaced: another pass over the same tokens has another score."""
+    world.patch.setattr(golf, "RESCORED_WINDOWS", 1)
+    evaluation = world.honest()
+    drawn_windows, grid = golf.draw_windows(evaluation), evaluation.neural.grid
+    early = range(evaluation.places.changed)
+    others = [target for target in early if grid.window_of(target) not in drawn_windows]
+    return with_column(evaluation, "logp", 1.0, unsampled(evaluation, others))
 
 
 @lie("window", "normalized", probability=1 - (1 - 2 / 8) * (1 - 16 / TARGETS) ** SAMPLES)
 def a_window_that_may_not_be_drawn_is_better(world):
     """Two batches of eight are drawn for each row, and samples hit 16 targets of all."""
     world.patch.setattr(golf, "RESCORED_WINDOWS", 16)
-    return with_column(world.scored(), "logp", 1.0)
+    return with_column(world.honest(), "logp", 1.0)
 
 
 @lie("window", "normalized")
 def a_window_is_surer_than_the_network(world):
     """Its entropy is the mixer's to read."""
-    return with_column(world.scored("calibrated"), "entropy", -1.0)
-
-
-@lie("window", "normalized")
-def a_window_has_surer_hints(world):
-    """As a network would give that had seen the text."""
-    return with_column(world.scored("calibrated"), "hint_logp", 1.0)
+    return with_column(world.honest("calibrated"), "entropy", -1.0)
 
 
 def spans_with(world: World, column: int, shift: int) -> golf.Evaluation:
@@ -605,22 +612,10 @@ def a_target_is_scored_twice(world):
     return spans_with(world, 1, -1)
 
 
-@lie("window", "single_pass", "bytes")
+@lie("window", "single_pass", "bytes", "NO SCORE")
 def a_target_is_not_scored(world):
     """One that would cost much, say."""
     return spans_with(world, 1, 1)
-
-
-@lie("network", "causal", "decodable")
-def the_network_sees_one_token_ahead(world):
-    """Its inputs are its targets."""
-    trunk = golf.GPT.trunk
-
-    def peeking(self, w, tokens, last):
-        return trunk(self, w, torch.cat([tokens[:, 1:], tokens[:, -1:]], 1), last)
-
-    world.patch.setattr(golf.GPT, "trunk", peeking)
-    return world.scored()
 
 
 @lie("network", "causal", "decodable")
@@ -637,23 +632,12 @@ def attention_has_no_mask(world):
     return world.scored()
 
 
-@lie("network", "causal", *NORMALIZED)
-def hints_see_the_target(world):
-    """The pass reads the probability of a hint, which is then always right."""
-
-    def seen(tokens, span, cfg):
-        return tokens[span[0] + 1 : span[1] + 1].int()
-
-    columns = golf.stream_columns
-
-    def right(tokens, span, cfg):
-        found = columns(tokens, span, cfg)
-        key = found.hint_key.clamp(min=1)  # each has a hint
-        return found._replace(hint=seen(tokens, span, cfg), hint_key=key)
-
-    world.patch.setattr(golf, "stream_hints", seen)
-    world.patch.setattr(golf, "stream_columns", right)
-    return world.scored("calibrated")
+@lie("weight after export", "decodable")
+def another_network_is_scored(world):
+    """Than the artifact's, by which all is asked, too."""
+    evaluation = world.network()
+    evaluation.neural.model.tok_emb.data.mul_(1.1)
+    return score(evaluation)
 
 
 @lie("weight after export", "causal", *NORMALIZED)
@@ -666,24 +650,6 @@ def another_network_makes_the_pass(world):
     score(evaluation)
     weights.copy_(exported)
     return evaluation
-
-
-@lie("weight after export", "normalized")
-def a_weight_is_mended_in_the_last_windows(world):
-    """After training on the text before them, which the audit looks at."""
-    evaluation = world.scored()
-    weights = evaluation.neural.model.tok_emb.data
-    exported = weights.clone()
-    weights.mul_(1.1)
-    other = world.network()
-    other.neural.model.tok_emb.data.mul_(1.1)
-    score(other)
-    weights.copy_(exported)
-    columns = [column.clone() for column in evaluation.columns]
-    for column, mended in zip(columns, other.columns, strict=True):
-        column[window(evaluation)] = mended[window(evaluation)]
-    evaluation.columns = golf.NeuralColumns(*columns)
-    return claim(evaluation, evaluation.columns.logp)
 
 
 # Counts.
@@ -702,19 +668,6 @@ def the_target_is_counted_in(world):
     return world.scored("calibrated")
 
 
-@lie("count", *NORMALIZED)
-def a_backoff_counts_the_target_in(world):
-    """Likewise."""
-    counted = golf.count_ngrams
-
-    def more(*args, **kwargs):
-        for order, counts in counted(*args, **kwargs):
-            yield order, counts._replace(context=counts.context + 1, pair=counts.pair + 1)
-
-    world.patch.setattr(golf, "count_ngrams", more)
-    return world.scored("backoff", ngram_table="exact")
-
-
 def with_rule(world: World, **rule) -> golf.Evaluation:
     """An evaluation by a rule that calls itself exact."""
     world.patch.setattr(
@@ -729,12 +682,6 @@ def buckets_are_called_exact(world):
     return with_rule(world, buckets=64)
 
 
-@lie("count", "NOT A DISTRIBUTION", *NORMALIZED)
-def the_order_depends_on_the_target(world):
-    """The longest context after which the target occurred, not the longest that occurred."""
-    return with_rule(world, match="pair")
-
-
 @lie("count", *NORMALIZED)
 def counts_are_newer_than_their_rule_says(world):
     """Those of the target's own batch are in."""
@@ -743,14 +690,6 @@ def counts_are_newer_than_their_rule_says(world):
         golf, "rank_column", lambda groups, chunk, *rest: column(groups, None, *rest)
     )
     return with_rule(world, first=64, granularity=64)
-
-
-@lie("count", *NORMALIZED)
-def documents_run_into_each_other(world):
-    """Counts inside of documents are those of the stream."""
-    numbers = golf.document_numbers
-    world.patch.setattr(golf, "document_numbers", lambda tokens: 0 * numbers(tokens))
-    return world.scored("calibrated")
 
 
 @lie("count", "causal", "single_pass", *NORMALIZED)
@@ -806,7 +745,7 @@ def the_stream_is_mixed_twice(world):
 def kept_tables_are_the_last(world):
     """The scores are right, and the tables that are said to have given them are not; but for those
     where tokens are replaced, whose context may be new to all tables."""
-    evaluation = world.scored("calibrated")
+    evaluation = world.honest("calibrated")
     last, changed = evaluation.mixers[TARGETS], evaluation.places.changed
     evaluation.mixers |= {target: last for target in evaluation.mixers if target != changed}
     return evaluation
@@ -822,16 +761,6 @@ def a_level_is_trusted_where_it_is_right(world):
     return predicting(world, gated)
 
 
-@lie("table", "NOT A DISTRIBUTION", *NORMALIZED)
-def hints_are_trusted_where_they_are_right(world):
-    """Others are as probable as if there was no hint."""
-
-    def kind(predict, tables, x):
-        return predict(tables, x._replace(hint_key=x.hint_key.where(x.is_hint, 0)))
-
-    return predicting(world, kind)
-
-
 def heavier(mass: float):
     """All probabilities times `mass`."""
 
@@ -842,10 +771,7 @@ def heavier(mass: float):
     return lambda world: predicting(world, predict_more)
 
 
-for name, mass, found_by in (
-    ("all_probabilities_are_a_thousandth_larger", 1.001, {"NOT A DISTRIBUTION", *NORMALIZED}),
-    ("all_probabilities_are_slightly_larger", 1 + 1e-5, NORMALIZED),
-):
+for name, mass, found_by in (("all_probabilities_are_slightly_larger", 1 + 1e-5, NORMALIZED),):
     LIES.append(Lie(name, "table", heavier(mass), found_by))
 
 
@@ -861,12 +787,17 @@ def the_mass_is_told_to_be_one(world):
 # Bytes.
 
 
+def recounted(evaluation: golf.Evaluation, **values) -> golf.Evaluation:
+    """An evaluation whose data has other parts, by which its bytes are counted anew."""
+    evaluation.data = golf.replace(evaluation.data, **values)
+    return claim(evaluation, evaluation.logp["neural"])
+
+
 def with_table(world: World, change: Callable[[golf.ByteTable], None]) -> golf.Evaluation:
     """An evaluation by a byte table that was falsified."""
     table = golf.ByteTable(world.corpus.tokenizer)
     change(table)
-    world.corpus = golf.replace(world.corpus, table=table)
-    return world.scored()
+    return recounted(world.honest(), table=table)
 
 
 @lie("byte table", "bytes")
@@ -877,21 +808,9 @@ def a_piece_is_worth_a_byte_more(world):
 
 
 @lie("byte table", "bytes")
-def a_documents_beginning_is_worth_a_byte(world):
-    """BOS stands for no text."""
-    return with_table(world, lambda table: table.base[golf.BOS].add_(1))
-
-
-@lie("byte table", "bytes")
-def every_space_counts(world):
-    """Those that the tokenizer puts before a document's first word, too."""
-    return with_table(world, lambda table: table.boundary.zero_())
-
-
-@lie("byte table", "bytes")
 def bytes_move_between_documents(world):
     """From one where they cost little to another; their sum is right."""
-    evaluation = world.scored()
+    evaluation = world.honest()
     evaluation.data = golf.replace(evaluation.data)  # whose bytes are counted anew
     evaluation.data.val_bytes[9] += 5
     evaluation.data.val_bytes[TARGETS - 9] -= 5
@@ -899,9 +818,19 @@ def bytes_move_between_documents(world):
 
 
 @lie("byte table", "bytes")
+def bytes_count_twice_where_no_text_is_decoded(world):
+    """After the tokens whose bytes are counted in their text."""
+    world.patch.setattr(golf, "AUDIT_TEXT_TOKENS", TARGETS // 2)
+    evaluation = world.honest()
+    evaluation.data = golf.replace(evaluation.data)
+    evaluation.data.val_bytes[TARGETS // 2 + 9 :] *= 2
+    return claim(evaluation, evaluation.logp["neural"])
+
+
+@lie("byte table", "bytes")
 def a_space_is_worth_three_bytes(world):
     """As many as the sign has by which SentencePiece writes it, and so in the text."""
-    tokenizer = world.corpus.tokenizer
+    evaluation, tokenizer = world.honest(), world.corpus.tokenizer
 
     class Signs:
         """A tokenizer that leaves the signs in the text."""
@@ -921,14 +850,13 @@ def a_space_is_worth_three_bytes(world):
         return self.base[target] + 2 * inner[target] + spaces
 
     world.patch.setattr(golf.ByteTable, "target_bytes", signs)
-    world.corpus = golf.replace(world.corpus, tokenizer=Signs(), text=None)
-    return world.scored()
+    return recounted(evaluation, tokenizer=Signs(), text=None)
 
 
 @lie("byte table", "bytes")
 def a_target_is_an_unknown_piece(world):
     """In place of one of no bytes, so that the sum is right."""
-    evaluation = world.scored()
+    evaluation = world.honest()
     val = evaluation.data.val.clone()
     val[-1] = evaluation.data.tokenizer.unk_id()
     evaluation.data = golf.replace(evaluation.data, val=val)
@@ -940,8 +868,7 @@ def the_tokens_are_of_another_text(world):
     """As long, but for one letter the same."""
     text = bytearray(world.corpus.text)
     text[len(text) // 2] ^= 1
-    world.corpus = golf.replace(world.corpus, text=bytes(text))
-    return world.scored()
+    return recounted(world.honest(), text=bytes(text))
 
 
 @pytest.mark.parametrize("kind", HONEST)
@@ -974,15 +901,7 @@ def renamed(**values) -> Callable[[bytes], bytes]:
 
 for name, change in {
     "a_header_has_a_name_more": renamed(lucky_number=7),
-    "a_header_has_spaces": lambda text: json.dumps(json.loads(text), sort_keys=True).encode(),
-    "a_header_ends_in_a_line": lambda text: text + b"\n",
     "a_header_names_a_key_twice": lambda text: b'{"section_bytes":1,' + text[1:],
-    "a_header_writes_a_number_as_text": lambda text: text.replace(
-        b'"num_heads":4', b'"num_heads":"4"'
-    ),
-    "a_header_has_another_order": lambda text: json.dumps(
-        dict(reversed(json.loads(text).items())), separators=(",", ":")
-    ).encode(),
 }.items():
     plant = functools.partial(respelled, change=change)
     LIES.append(Lie(name, "hash", plant, {"header", "spelling"}))
@@ -1001,13 +920,7 @@ def squeezed(section: bytes, words: bytes) -> tuple[bytes, bytes]:
 
 
 for name, change, found_by in (
-    ("a_section_is_compressed_otherwise", squeezed, {"spelling"}),
     ("bytes_follow_a_section", lambda a, b: (a + b"1" * 8, b), {"end of section", "spelling"}),
-    (
-        "an_empty_stream_follows_a_section",
-        lambda a, b: (a + lzma.compress(b""), b),
-        {"end of section", "spelling"},
-    ),
     (
         "words_follow_the_codes",
         lambda a, b: (a, b"\1\0\0\0" * 9 + b),
@@ -1245,12 +1158,6 @@ def a_tokenizer_leaves_capitals_out(world):
     return with_tokenizer(world, normalization_rule_name="nmt_nfkc_cf")
 
 
-@lie("data", "tokenizer")
-def a_tokenizer_ends_words_with_spaces(world):
-    """Its pieces are not split where spaces are counted."""
-    return with_tokenizer(world, treat_whitespace_as_suffix=True)
-
-
 # Budgets and the clock, and what else a run tells of itself.
 
 
@@ -1263,17 +1170,31 @@ def the_code_is_not_counted(world):
 @lie("clock", "OVER BUDGET")
 def the_evaluation_is_too_slow(world):
     """By less than its line shows."""
-    evaluation = world.scored()
+    evaluation = world.honest()
     evaluation.rows["neural"]["seconds"] = evaluation.cfg.max_eval_seconds + 0.0004
     return evaluation
 
 
-@lie("clock", "OVER BUDGET")
-def the_clock_is_broken(world):
-    """No number of seconds is too many."""
-    evaluation = world.scored()
-    evaluation.rows["neural"]["seconds"] = math.nan
-    return evaluation
+def saved_pass(world: World, seconds: float) -> Callable[[], golf.Evaluation]:
+    """What makes an evaluation by a saved pass that is said to have taken so long."""
+    own = dict(resume_eval=True, logs_path=str(world.folder))
+    maker = world.network(**own)
+    maker.neural_pass()
+    maker.pass_seconds = seconds
+    golf.save_neural_pass(maker)
+
+    def make():
+        evaluation = world.scored(**own)
+        assert evaluation.pass_seconds == 0 and evaluation.earlier_seconds == seconds
+        return evaluation
+
+    return make
+
+
+@lie("clock", "saved pass")
+def a_saved_pass_took_no_time(world):
+    """So that it is not counted."""
+    return saved_pass(world, 0.0)
 
 
 def told(**values) -> Callable[[World], dict]:
@@ -1298,12 +1219,23 @@ LIMITS = WARNINGS[0]
 for name, stage, values, found_by in (
     ("a_byte_too_much", "budget", dict(budget__used=16_000_001), {"OVER BUDGET"}),
     ("the_artifact_may_be_larger", "budget", dict(config__artifact_bytes=16_000_001), {LIMITS}),
-    ("training_may_last", "budget", dict(config__max_wallclock_seconds=601.0), {LIMITS}),
     ("training_has_no_limit", "budget", dict(config__max_wallclock_seconds=0.0), {LIMITS}),
-    ("evaluation_may_last", "budget", dict(config__max_eval_seconds=601.0), {LIMITS}),
+    ("a_budget_is_below_nothing", "budget", dict(budget__used=-1), {"OVER BUDGET"}),
+    ("the_clock_is_broken", "clock", dict(budget__used=math.nan), {"OVER BUDGET"}),
+    ("a_budget_has_no_end", "budget", dict(budget__limit=math.inf), {"OVER BUDGET"}),
     ("nothing_was_trained", "record", dict(trained=[]), {"nothing was trained"}),
     ("the_training_was_cut_off", "record", dict(interrupted=[{"steps": 7}]), {"INTERRUPTED"}),
     ("nothing_was_audited", "record", dict(audit=[]), {"NOT AUDITED"}),
+    ("one_check_was_made", "record", dict(audit=RECORD["audit"][:1]), {"NOT AUDITED"}),
+    (
+        "a_score_is_none",
+        "score",
+        dict(final__val_bpb=math.nan, result__val_bpb=math.nan),
+        {"NO SCORE"},
+    ),
+    ("a_score_is_nothing", "score", dict(final__val_bpb=0.0, result__val_bpb=0.0), {"NO SCORE"}),
+    ("a_score_is_of_no_row", "score", dict(final__val_bpb=1.1), {"NO SCORE"}),
+    ("a_share_is_none", "split", dict(corpus__val_in_train_share=math.nan), {"NOT HELD OUT"}),
     ("a_check_failed", "record", dict(audit__verdict="FAIL"), {"AUDIT FAILED"}),
     (
         "a_mass_is_not_one",
@@ -1346,15 +1278,20 @@ def runs_with(**values) -> Callable[[World], list[dict]]:
 for name, values, found_by in (
     ("a_seed_counts_twice", dict(final__seed=1), {"seeds"}),
     ("a_seed_has_another_rate", dict(config__matrix_lr=0.5), {"one configuration"}),
-    ("a_seed_has_other_text", dict(corpus__val_sha256="0" * 64), {"one configuration"}),
     ("a_seed_has_other_code", dict(facts__code_sha256="0"), {"one configuration", "code"}),
     ("a_seed_is_not_valid", dict(verdict=[{"OVER BUDGET": "total_bytes"}]), {"verdicts"}),
+    ("a_seed_has_the_others_network", dict(network_sha256=f"{1:064}"), {"one network"}),
+    ("a_seed_trained_nothing", dict(trained=[]), {"training"}),
+    (
+        "a_seed_trained_without_end",
+        dict(config__max_wallclock_seconds=0.0),
+        {"one configuration", "training"},
+    ),
     ("a_seed_has_no_revision", dict(facts__revision=None), {"gaps"}),
 ):
     LIES.append(Lie(name, "record", runs_with(**values), found_by))
 
 
-CERTAIN = [planted for planted in LIES if planted.probability == 1]
 BY_CHANCE = [planted for planted in LIES if planted.probability < 1]
 
 
@@ -1371,7 +1308,7 @@ STAGES = {
 
 def test_the_lies_are_many_and_of_every_stage_and_check():
     """Each audit alone finds some lie, and no check is without one."""
-    assert len(LIES) == len({planted.name for planted in LIES}) >= 90
+    assert len(LIES) == len({planted.name for planted in LIES}) >= 80
     assert {planted.stage for planted in LIES} == STAGES
     alone = set().union(*(planted.found_by for planted in LIES if len(planted.found_by) == 1))
     assert golf.AUDITS.keys() <= alone
@@ -1379,14 +1316,11 @@ def test_the_lies_are_many_and_of_every_stage_and_check():
     assert named == golf.AUDITS.keys() | REFUSALS.keys() | {*WARNINGS} | VERDICTS
 
 
-@pytest.mark.parametrize("planted", CERTAIN, ids=name_of)
-def test_a_lie_is_found_by_its_checks_and_by_no_other(world, planted):
-    assert findings(world, planted.plant(world)) == planted.found_by
-
-
 @pytest.mark.parametrize("planted", LIES, ids=name_of)
-def test_a_lie_passes_where_its_checks_are_taken_out(world, planted):
+def test_a_lie_is_found_by_its_checks_alone_and_passes_without_them(world, planted):
     left = planted.plant(world)
+    found = findings(world, left)
+    assert found == planted.found_by or (planted in BY_CHANCE and found <= planted.found_by)
     take_out(world, *planted.found_by)
     assert findings(world, left) == set()
 
@@ -1399,7 +1333,7 @@ def test_a_lie_is_found_as_often_as_stated(world, planted):
         world.patch.setattr(golf, "drawn_by", drawn(draw))
         evaluation.places = golf.draw_places(evaluation)
         evaluation.masses()
-        found += not golf.AUDITS[name](evaluation)["passed"]
+        found += not getattr(golf, f"audit_{name}")(evaluation)["passed"]
     spread = math.sqrt(planted.probability * (1 - planted.probability) / DRAWS)
     assert abs(found / DRAWS - planted.probability) <= 3 * spread
 

@@ -35,7 +35,10 @@ RECORD = {
         {"name": name, "verdict": "PASS"}
         for name in ("causal", "normalized", "single_pass", "bytes", "decodable")
     ],
-    "budget": [{"name": "total_bytes", "used": 15_999_999, "limit": 16_000_000}],
+    "budget": [
+        {"name": "total_bytes", "used": 15_999_999, "limit": 16_000_000},
+        {"name": "eval_seconds", "used": 599.9, "limit": 600.0},
+    ],
     "unigram_bpb": 3.5,
 }
 
@@ -64,6 +67,12 @@ def changed(**values):
         (dict(audit=[]), "NOT AUDITED (AUDIT=0)"),
         (dict(audit__verdict="FAIL"), "AUDIT FAILED (causal)"),
         (dict(audit=RECORD["audit"][:3]), "NOT AUDITED (bytes, decodable)"),
+        (dict(budget=[]), "OVER BUDGET (not known)"),
+        (dict(final__normalized="maybe"), "NOT A DISTRIBUTION (mass 1)"),
+        (
+            dict(corpus__val_distinct_share=math.nan),
+            "TOO LITTLE TEXT (0 bytes that do not repeat others, of 100000)",
+        ),
         (dict(final__val_bpb=math.nan), "NO SCORE (val_bpb nan)"),
         (dict(final__val_bpb=1.1), "NO SCORE (val_bpb 1.1)"),
         (dict(budget__used=16_000_001), "OVER BUDGET (total_bytes 16000001/16000000)"),

@@ -443,6 +443,11 @@ DEMO: dict[str, Any] = {
 }
 
 
+# Suffixes of the files that a run writes. The longest name that file systems take has 255 bytes; a
+# file that is being written has at most 24 more than its final name (write_atomic).
+SUFFIXES = (".submission.json", ".checkpoint", ".safetensors", ".int6.ptz")
+LONGEST_NAME = 255 - 24
+
 # SMOKE=1, on top of DEMO: a first look, and a test of a machine.
 SMOKE: dict[str, Any] = {
     "model_dim": 64,
@@ -478,11 +483,6 @@ def model_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "lanes_from", f"0, or more than LOOP_LAST {cfg.loop_last}"
 
 
-# Suffixes of what a run writes, and the longest name that file systems take, in bytes.
-SUFFIXES = (".submission.json", ".checkpoint", ".safetensors", ".int6.ptz")
-LONGEST_NAME = 255 - 24  # what tempfile adds before the name of a file that is being written
-
-
 def is_plain_name(name: str) -> bool:
     """Whether a text can be the name of a file in a folder, and be read in a line of a log."""
     return name.isprintable() and not {"/", os.sep} & {*name} and not name.startswith(".")
@@ -498,7 +498,7 @@ def run_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
             yield name, f"divisible by TRAIN_SEQ_LEN {cfg.train_seq_len}"
     if trains and not cfg.max_wallclock_seconds and not cfg.iterations:
         yield "iterations", "above 0 where MAX_WALLCLOCK_SECONDS is 0"
-    longest = max(map(len, SUFFIXES)) + 8  # behind the name, or the number of a second run of it
+    longest = max(map(len, SUFFIXES)) + 8  # of which 8 are for the number of a run of equal name
     if len(os.fsencode(cfg.run_id)) + longest > LONGEST_NAME or not is_plain_name(cfg.run_id):
         yield (
             "run_id",
@@ -1815,8 +1815,8 @@ def locate_data(cfg: Config, run: Run) -> DataSource:
     if is_of_text(cfg):
         folder = prepare_text(cfg, run)
         facts = json.loads((folder / "corpus.json").read_text("utf-8"))
-        paths = (str(folder / name) for name in ("tokenizer.model", VAL_TEXT))
-        return DataSource(str(folder), next(paths), facts, next(paths))
+        tokenizer, text = str(folder / "tokenizer.model"), str(folder / VAL_TEXT)
+        return DataSource(str(folder), tokenizer, facts, text)
     return DataSource(cfg.data_path, cfg.tokenizer_path, {"source": cfg.data_path})
 
 

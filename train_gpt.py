@@ -72,15 +72,23 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Packages take seconds to load: Ctrl-C is one line then, too. main() heeds signals better.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("error: interrupted during start"))
+if __name__ == "__main__":  # packages take seconds to load: a signal is one line then, too
+
+    def end_early(*_: Any) -> None:
+        """Signal handler until main() heeds signals."""
+        os.write(2, b"error: interrupted during start; saved so far: nothing\n")
+        os._exit(2)
+
+    for early in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # no SIGHUP on Windows
+        if signal.getsignal(getattr(signal, early)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, early), end_early)
 
 import constriction
 import numpy as np
@@ -114,9 +122,13 @@ NONNEGATIVE = (0, 10**12)
 POSITIVE = (1, 10**12)
 FRACTION = (0, 1)
 BELOW_ONE = (0, 1 - 1e-9)
-RATE = (0, 100)  # learning rates, decays, gains
+RATE = (0, 10**6)  # learning rates, decays, gains
 SECONDS = (0, 10**8)  # three years
 WHOLE_SECONDS = (1, 10**8)
+
+
+class LaunchError(RunError):
+    """A launcher's variables that make no rank: every process says so, for none is the first."""
 
 
 def setting(default, meaning: str, allowed=None):
@@ -216,7 +228,7 @@ class TrainingSettings:
     micro_batch_tokens: int = setting(0, "tokens of a rank's forward pass; 0: its share, <= 98,304")
     train_seq_len: int = setting(2048, "tokens of a training sequence", (2, 10**6))
     schedule_steps: int = setting(7000, "steps that the step counts below are parts of", POSITIVE)
-    warmup_steps: int = setting(20, "steps before the clock; they leave no trace")
+    warmup_steps: int = setting(20, "steps before the clock; they leave no trace", (0, 10**4))
     warmdown_iters: int = setting(3500, "final steps in which the lr falls to 0")
     loop_from: float = setting(0.35, "part of the training after which blocks loop", FRACTION)
     val_loss_every: int = setting(4000, "steps between validations; 0: at the end only")
@@ -613,7 +625,7 @@ def parse_number(text: str, number: type, allowed: tuple[float, float]) -> tuple
     """(the int or float in `text`, or None if it is none or not allowed; what is expected)."""
     low, high = allowed
     noun = "an integer" if number is int else "a number"
-    expected = f"{noun} from {low:g} to {high:g}"
+    expected = f"{noun} from {low:.10g} to {high:.10g}"
     try:
         value = number(text)
     except ValueError:
@@ -724,7 +736,8 @@ def record_of_artifact(path: Path) -> dict[str, Any]:
     beside it; of an artifact alone the size of its vocabulary; nothing of what cannot be read (the
     loaders tell later). RunError without a file."""
     if not path.is_file():
-        raise RunError(f"LOAD_ARTIFACT={path}: there is no such file")
+        reason = "not a regular file" if path.exists() else "there is no such file"
+        raise RunError(f"LOAD_ARTIFACT={path}: {reason}")
     record = path.with_name(re.sub(r"\.int\d+\.ptz$", "", path.name) + ".json")
     try:
         if record.exists():
@@ -745,7 +758,7 @@ def settings_of_artifact(path: Path, values: dict[str, Any]) -> tuple[dict[str, 
     where anything is written, or where anything is taken from that could be executed.
     """
     names = ["text_files", "data_path", "tokenizer_path", "vocab_size", "val_tokens"]
-    names += ["scale", "seed", "eval_seq_len"]
+    names += ["scale", "seed", "eval_seq_len", "eval_stride"]
     made_by = record_of_artifact(path)["config"]
     found = {}
     for name in names:
@@ -912,7 +925,8 @@ ROLL_CALL_SECONDS = 3.0  # to answer; torchrun leaves a rank 30 s when another h
 GLOO_ERRORS = ("gloo", "pair closure")  # words of its errors, which are no class of their own
 LONGEST_LINE = 4000  # characters of a line that is logged or printed: enough for every setting
 # What reading JSON of somebody else's can raise: of what it is, and of what it holds.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RunError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+UNREADABLE += (OverflowError, RecursionError, RunError)
 
 
 def printable(text: str) -> str:
@@ -986,8 +1000,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name of a file of safetensors; RunError for any other file."""
     try:
         return safetensors.torch.load(read_regular(path))
-    except safetensors.SafetensorError as error:
-        raise RunError(f"{path}: {error}") from None
+    except (safetensors.SafetensorError, LookupError, ValueError, RuntimeError) as error:
+        raise RunError(f"{path}: no file of tensors of ours: {error}") from None
 
 
 @contextlib.contextmanager
@@ -1078,7 +1092,8 @@ class Launcher:
     """
 
     def __init__(self, cfg: Config):
-        self.cores = int(os.environ.get(CORES_VARIABLE, count_cores()))
+        told = os.environ.get(CORES_VARIABLE, "")
+        self.cores = int(told) if told.isdecimal() else count_cores()
         self.count = own_ranks(cfg, self.cores)
         self.others: list[multiprocessing.context.SpawnProcess] = []
         self.folder = ""
@@ -1155,6 +1170,9 @@ def end_with_the_first() -> None:
     os._exit(2)
 
 
+LAST_WORD = threading.Lock()  # of whoever says why the run ends: one line, and not two at once
+
+
 def interrupt(_number: int, _frame) -> None:
     """Signal handler: end what is being done with the line of an interruption."""
     raise KeyboardInterrupt
@@ -1179,7 +1197,8 @@ def heed_signals() -> Iterator[None]:
             if not received:
                 return
             count += received[0] in STOP_SIGNALS
-        tell("error: a second signal: ended at once", sys.stderr)
+        if LAST_WORD.acquire(blocking=False):
+            tell("error: a second signal: ended at once", sys.stderr)
         os._exit(2)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -1260,6 +1279,8 @@ class Run:
         folder = Path(cfg.logs_path)
         folder.mkdir(parents=True, exist_ok=True)
         if cfg.resume:
+            with contextlib.suppress(FileNotFoundError):
+                open_regular(folder / f"{cfg.run_id}.txt").close()
             return str(folder / cfg.run_id)
         for number in itertools.count(1):
             name = cfg.run_id if number == 1 else f"{cfg.run_id}-{number}"
@@ -1402,7 +1423,7 @@ def launched_rank(env: Mapping[str, str]) -> tuple[int, int]:
     tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in env and "WORLD_SIZE" not in env:
         if tasks not in ("", "1"):
-            raise RunError(
+            raise LaunchError(
                 f"srun started {tasks} tasks, each of which would be a run of its own: start one "
                 "task per machine, `srun --ntasks-per-node=1 torchrun ... train_gpt.py`"
             )
@@ -1412,7 +1433,7 @@ def launched_rank(env: Mapping[str, str]) -> tuple[int, int]:
         needed += ["MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in needed if name not in env]
     if missing:
-        raise RunError(
+        raise LaunchError(
             f"{', '.join(missing)} not set, though other variables of a launcher are: start ranks "
             "with torchrun, which sets all of them, or unset RANK and WORLD_SIZE"
         )
@@ -1421,7 +1442,7 @@ def launched_rank(env: Mapping[str, str]) -> tuple[int, int]:
         env["WORLD_SIZE"]
     ):
         told = " ".join(f"{name}={env[name]}" for name in needed)
-        raise RunError(f"{told}: no rank of a launcher; start ranks with torchrun")
+        raise LaunchError(f"{told}: no rank of a launcher; start ranks with torchrun")
     return int(env["RANK"]), int(env["WORLD_SIZE"])
 
 
@@ -2029,23 +2050,48 @@ def named_paths(names: str) -> list[str]:
     return [*filter(None, found)]
 
 
-def files_inside(folder: str, own: set[str]) -> Iterator[str]:
-    """Files in a folder and its folders, but hidden ones and those of the folders `own`."""
+def is_prepared_text(folder: str | Path) -> bool:
+    """Whether a folder is one that prepare_text made."""
+    named = re.fullmatch(r"text_[0-9a-f]{16}", os.path.basename(folder))
+    return bool(named) and os.path.exists(os.path.join(folder, "corpus.json"))
+
+
+def run_names(logs: str) -> set[str]:
+    """The names of runs that left files in a folder of logs."""
+    found = {path.name for path in Path(logs).glob("*")} if logs else set()
+    return {name.removesuffix(mark) for name in found for mark in SUFFIXES if name.endswith(mark)}
+
+
+def is_output(path: str, logs: str, runs: set[str]) -> bool:
+    """Whether a file is what a run left: in a folder of prepared text, or in the folder of logs
+    under the name of one of `runs`."""
+    real = Path(os.path.realpath(path))
+    if any(is_prepared_text(folder) for folder in real.parents):
+        return True
+    return str(real.parent) == logs and any(real.name.startswith(f"{name}.") for name in runs)
+
+
+def files_inside(folder: str, logs: str) -> Iterator[str]:
+    """Files in a folder and its folders, but hidden ones and those that runs left."""
     for place, folders, names in os.walk(folder):
+        paths = {name: os.path.join(place, name) for name in folders}
         folders[:] = [
             name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in own
+            for name, path in paths.items()
+            if not (name.startswith(".") or is_prepared_text(path))
+            and os.path.realpath(path) != logs
         ]
         yield from (os.path.join(place, name) for name in names if not name.startswith("."))
 
 
-def user_files(names: str, own: set[str]) -> tuple[list[str], list[str]]:
+def user_files(names: str, logs: str) -> tuple[list[str], list[str]]:
     """(files that are named, or that globs match; files inside of folders that are), each sorted.
-    RunError for a name that is nothing. own: folders of the run's output, which are no input."""
-    files, inside = set(), set()
+    RunError for a name that is nothing. logs: real path of the folder of logs, whose files are no
+    text unless they are named themselves."""
+    files, inside, runs = set(), set(), run_names(logs)
     for name in named_paths(names):
-        matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+        is_named = os.path.exists(name)
+        matches = [name] if is_named else glob.glob(name, recursive=True)
         if not matches:
             raise RunError(
                 f"TEXT_FILES: {name} matches no file or folder; give paths or globs separated by "
@@ -2053,8 +2099,9 @@ def user_files(names: str, own: set[str]) -> tuple[list[str], list[str]]:
             )
         for match in matches:
             if os.path.isdir(match):
-                inside.update(files_inside(match, own))
-            else:
+                found = files_inside(match, logs)
+                inside.update(path for path in found if not is_output(path, logs, runs))
+            elif is_named or not is_output(match, logs, runs):
                 files.add(match)
     return sorted(files), sorted(inside - files)
 
@@ -2073,13 +2120,13 @@ def read_text(path: str) -> tuple[str, str]:
     return text, "has U+2581, SentencePiece's own space: replace it" if SPACE in text else ""
 
 
-def user_documents(names: str, own: Collection[str] = ()) -> tuple[list[Document], dict[str, int]]:
+def user_documents(names: str, logs: str = "") -> tuple[list[Document], dict[str, int]]:
     """(documents of the files and folders that are named, {what is to be known of them: how many});
     RunError if there are none or a file is unfit, unless its folder was named, not it.
 
-    own: folders of the run's output, which are left out.
+    logs: folder of logs, whose files are left out.
     """
-    files, inside = user_files(names, {os.path.realpath(folder) for folder in own})
+    files, inside = user_files(names, os.path.realpath(logs) if logs else "")
     documents, left_out = [], collections.Counter()
     example = ""
     for path, is_named in [*((p, True) for p in files), *((p, False) for p in inside)]:
@@ -2143,7 +2190,8 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
     count = int(np.searchsorted(group_ends, np.searchsorted(ends, wanted), side="right")) + 1
     count = min(count, len(equal) - 1)
     if count < 1:
-        raise RunError("the text has one document that cannot be split: give more text")
+        reason = "repeats one text" if len(parts) > 1 else "is too short"
+        raise RunError(f"the text {reason if parts else 'is empty'}: nothing can be held out of it")
     return tuple([*itertools.chain(*side)] for side in (equal[count:], equal[:count]))
 
 
@@ -2198,10 +2246,14 @@ def shortened(names: list[str], most: int = 5) -> str:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a folder of prepared text is whole: what was written last can be read."""
+    """Whether a folder of prepared text is whole: what is in it can be opened."""
     try:
-        return bool(json.loads(read_regular(folder / "corpus.json"))["documents"])
-    except UNREADABLE:
+        sentencepiece.SentencePieceProcessor(model_proto=read_regular(folder / "tokenizer.model"))
+        for split in ("train", "val"):
+            open_shard(str(folder / f"text_{split}_000000.bin"))
+        facts = json.loads(read_regular(folder / "corpus.json"))  # written last
+        return bool(facts["documents"]) and (folder / VAL_TEXT).is_file()
+    except (*UNREADABLE, RuntimeError):
         return False
 
 
@@ -2209,8 +2261,7 @@ def prepare_text(cfg: Config, run: Run) -> Path:
     """Tokenizer and shards of the text, made once; the folder, named by the text's hash."""
     started = time.perf_counter()
     if cfg.text_files:
-        own = (cfg.logs_path, cfg.prepared_path)
-        documents, facts = user_documents(cfg.text_files, own)
+        documents, facts = user_documents(cfg.text_files, cfg.logs_path)
     else:
         documents, facts = python_documents(), {}
     made_of = repr((TEXT_FORMAT, cfg.vocab_size, documents))
@@ -2786,7 +2837,7 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = " ".join(str(error).split())
             raise RunError(f"these weights do not fit: {reason}") from None
     else:
         model.initialize(cfg.seed)
@@ -3374,8 +3425,8 @@ def check_unfinished(cfg: Config) -> None:
     base = Path(cfg.logs_path, cfg.run_id)
     made = {}
     with contextlib.suppress(*UNREADABLE):
-        made = json.loads(read_regular(f"{base}.json"))
-        made = {"final": made["final"], "interrupted": made.get("interrupted")}
+        record = json.loads(read_regular(f"{base}.json"))
+        made = {"final": record["final"], "interrupted": record.get("interrupted")}
     trained = not Path(f"{base}.checkpoint").exists() and Path(f"{base}.safetensors").exists()
     if trained or (made.get("final") and not made["interrupted"]):
         raise RunError(
@@ -3500,8 +3551,8 @@ class Checkpoint:
     def lost_seconds(self) -> float:
         """Training time that the run before spent after its checkpoint, as far as it was noted."""
         try:
-            noted = float(Path(f"{self.run.base}.clock").read_text())
-        except (OSError, ValueError):  # it ended before the first note
+            noted = float(read_regular(f"{self.run.base}.clock"))
+        except (OSError, ValueError, RunError):  # it ended before the first note
             return 0.0
         return max(0.0, noted - self.trainer.elapsed)
 
@@ -4466,7 +4517,7 @@ def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
 
 def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
     """score_of windows that do not overlap, on rank 0; {} on the others."""
-    most = FIELDS["eval_batch_windows"].metadata["allowed"][1]
+    most = -(-len(data.val) // cfg.eval_seq_len)
     batch_windows = max(1, min(most, cfg.val_batch_size // CHALLENGE_RANKS // cfg.eval_seq_len))
     neural = NeuralPass(model, data, cfg, run, cfg.eval_seq_len, batch_windows)
     columns = run.gather(neural.columns(), neural.grid.spans)
@@ -5667,7 +5718,8 @@ def load_neural_pass(evaluation: Evaluation) -> bool:
     saved, grid = read_tensors(path), evaluation.neural.grid
     shape = (grid.num_targets, len(NeuralColumns._fields))
     found = saved.get("columns", torch.empty(0))
-    seconds = float(saved.get("seconds", torch.tensor(0.0)))
+    told = saved.get("seconds", torch.tensor(0.0))
+    seconds = float(told) if told.numel() == 1 and told.is_floating_point() else 0.0
     if not 0 < seconds < math.inf or (found.shape, found.dtype) != (shape, torch.float64):
         raise RunError(f"{path}: not the neural pass that its name says; delete it")
     evaluation.columns = NeuralColumns(*(c.contiguous() for c in saved["columns"].unbind(1)))
@@ -6372,7 +6424,7 @@ def save_picture(run: Run) -> None:
         return
     try:
         picture = plot(run.record)
-    except Exception as error:  # of a package, its settings, its fonts
+    except (Exception, SystemExit) as error:  # of a package, its settings, its fonts
         run.log(f"no picture: {type(error).__name__}: {error}")
         return
     run.save(".png", picture)
@@ -6385,7 +6437,9 @@ def plot(record: dict) -> bytes:
     matplotlib = importlib.import_module("matplotlib")
     figures = importlib.import_module("matplotlib.figure")
     style = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8}
-    with matplotlib.rc_context(style | {"text.parse_math": False}):
+    quiet = warnings.catch_warnings()  # of letters that no font here has
+    with quiet, matplotlib.rc_context(style | {"text.parse_math": False}):
+        warnings.simplefilter("ignore")
         figure = figures.Figure(figsize=PICTURE_INCHES, layout="constrained")
         axes = figure.subplots(2, 2)
         panels = (plot_training, plot_scores, plot_curves, plot_orders)
@@ -6659,6 +6713,8 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     """Score what would be shipped; the exit status."""
     run.stage, started = "evaluation", run.sync()
     cfg, model, network = load_network(blob, data, cfg, run)
+    windows = -(-len(data.val) // cfg.eval_stride)  # no more than these need a place in a batch
+    cfg = replace(cfg, eval_batch_windows=min(cfg.eval_batch_windows, windows))
     run.record["network_sha256"] = network
     evaluation = Evaluation(model, data, cfg, run, network, blob=blob)
     evaluation.neural_pass()
@@ -6765,6 +6821,8 @@ def explain(error: Exception, run: Run | None) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         saved = ", ".join(run.saved) if run and run.saved else "nothing"
         return f"interrupted during {run.stage if run else 'start'}; saved so far: {saved}"
+    if isinstance(error, LaunchError):
+        return str(error)
     if isinstance(error, (RunError, OSError)):
         return str(error) if os.environ.get("RANK", "0") == "0" else ""
     return None
@@ -6829,7 +6887,7 @@ def run_as_told() -> int:
         line = explain(error, run)
         if line is None or BOOLEANS.get(os.environ.get("DEBUG", "").lower()):
             traceback.print_exc()
-        elif line:
+        elif line and LAST_WORD.acquire(blocking=False):
             tell(f"error: {line}", sys.stderr)
         status = 1 if line is None else 2
     if launcher:

@@ -697,15 +697,33 @@ def test_a_saved_pass_that_is_none_is_refused(tmp_path, monkeypatch, tensors):
 
 def test_a_folders_own_output_is_no_input(tmp_path, monkeypatch):
     """Nor are hidden files and folders, however the folder is named."""
-    for name in ("a.txt", "logs/r.txt", "data/text_1/text_val.txt", ".git/x", ".b", "c/logs/d.txt"):
+    made = f"data/text_{'0' * 16}"
+    names = ("a.txt", "logs/r.txt", ".git/x", ".b", "c/logs/d.txt", "data/mine.txt")
+    names += (f"{made}/text_val.txt", f"{made}/corpus.json")
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.chdir(tmp_path)
     for names in (".", str(tmp_path), "./", "c/..", f"{tmp_path}:."):
-        documents, _ = golf.user_documents(names, ("logs", "data"))
-        assert {text for _, text in documents} == {"a.txt", "c/logs/d.txt"}
-    documents, _ = golf.user_documents("logs/r.txt", ("logs", "data"))  # by its name
+        documents, _ = golf.user_documents(names, "logs")
+        assert {text for _, text in documents} == {"a.txt", "c/logs/d.txt", "data/mine.txt"}
+    documents, _ = golf.user_documents("logs/r.txt", "logs")  # by its name
     assert [text for _, text in documents] == ["logs/r.txt"]
+
+
+@pytest.mark.parametrize("names", [".", "*", "*.*", "**/*.txt"])
+def test_runs_in_the_texts_own_folder_do_not_read_what_runs_left(tmp_path, monkeypatch, names):
+    """Patterns match it, and LOGS_PATH and PREPARED_PATH may be the folder itself."""
+    made = tmp_path / f"text_{'a' * 16}"
+    made.mkdir()
+    for name in ("corpus.json", "text_val.txt"):
+        (made / name).write_text("made")
+    for suffix in (".txt", ".json", ".submission.json", ".clock"):
+        (tmp_path / f"run.1-2{suffix}").write_text("left")
+    (tmp_path / "runes.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    documents, _ = golf.user_documents(names, ".")
+    assert [text for _, text in documents] == ["text"]
 
 
 @pytest.mark.parametrize(

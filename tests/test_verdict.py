@@ -130,6 +130,7 @@ def test_what_would_mislead_is_said():
         (40_540_160, 151_078_200, 50_000, True),  # in 8,192 pieces
         (45_508_608, 151_054_500, 50_000, True),  # in 4,096
         (62_021_632, 150_000_000, 50_000, False),  # another text cut to as many targets
+        (62_021_632, 151_080_362, 49_998, True),  # the last ones are cut off
         (62_021_632, 151_080_362, 49_000, False),
     ],
 )

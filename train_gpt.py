@@ -1199,6 +1199,8 @@ def heed_signals() -> Iterator[None]:
             count += received[0] in STOP_SIGNALS
         if LAST_WORD.acquire(blocking=False):
             tell("error: a second signal: ended at once", sys.stderr)
+        else:  # the main thread is saying it, and then ends
+            time.sleep(1.0)
         os._exit(2)
 
     threading.Thread(target=listen, daemon=True).start()

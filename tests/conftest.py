@@ -118,7 +118,7 @@ def job(workplace):
         )
         if not wait:
             return process
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)  # compilation on slow, shared cores
         done = subprocess.CompletedProcess(launch, process.returncode, out, err)
         done.logs, records = logs, sorted(logs.glob("*[0-9].json")) if logs.exists() else []
         done.record = json.loads(records[0].read_text()) if records else None

@@ -94,7 +94,7 @@ def test_aliases_set_their_field_and_are_logged():
         (dict(MATRIX_LR="fast"), ["MATRIX_LR='fast'", "a number"]),
         (dict(NUM_LAYERS="1"), ["NUM_LAYERS='1'", "from 2 to"]),
         (dict(NUM_LAYERS="3.5"), ["NUM_LAYERS='3.5'", "an integer"]),
-        (dict(BETA1="1.5"), ["BETA1='1.5'", "from 0 to 1"]),
+        (dict(BETA1="1.5"), ["BETA1='1.5'", "from 0 to 0.99"]),
         (dict(MATRIX_LR="nan"), ["MATRIX_LR='nan'"]),
         (dict(VE_ENABLED="maybe"), ["VE_ENABLED='maybe'", "0 or 1"]),
         (dict(COMPRESSOR="brotli"), ["COMPRESSOR='brotli'", "ans", "zstd", "lzma"]),

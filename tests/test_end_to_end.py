@@ -159,9 +159,9 @@ def test_an_artifact_knows_its_text_and_vocabulary(job, trained, tmp_path):
     cfg, notes = golf.load_config(dict(LOAD_ARTIFACT=str(alone)))
     assert cfg.vocab_size == 512 and "as the artifact's own run: VOCAB_SIZE=512" in notes
     assert golf.load_config(dict(LOAD_ARTIFACT=str(alone), VOCAB_SIZE="600"))[0].vocab_size == 600
-    for missing in (tmp_path / "none", tmp_path):
-        with pytest.raises(golf.RunError, match=r"^LOAD_ARTIFACT=.*: there is no such file$"):
-            golf.load_config(dict(LOAD_ARTIFACT=str(missing)))
+    for bad, reason in ((tmp_path / "none", "there is no such file"), (tmp_path, "not a regular")):
+        with pytest.raises(golf.RunError, match=f"^LOAD_ARTIFACT=.*: {reason}"):
+            golf.load_config(dict(LOAD_ARTIFACT=str(bad)))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"config": 3}', '{"config": null}'])

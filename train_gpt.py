@@ -6815,6 +6815,10 @@ def explain(error: Exception, run: Run | None) -> str | None:
             "MODEL_DIM, MICRO_BATCH_TOKENS or EVAL_BATCH_WINDOWS; saved so far: "
             f"{', '.join(run.saved) if run and run.saved else 'nothing'}"
         )
+    compilers = getattr(sys.modules.get("torch._dynamo.exc"), "TorchDynamoException", ())
+    if isinstance(error, compilers):  # () before anything was compiled
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        return f"compilation failed during {run.stage if run else 'start'}: {reason}; see COMPILE=0"
     if run and run.world_size > 1:
         found = dead_ranks(run, error)
         if found:

@@ -843,3 +843,10 @@ def test_progress_is_shown_on_terminals_alone(data, monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         tokens = golf.encode_documents(corpus.tokenizer, [("a", "text")], corpus.table)
         assert tokens[0] == golf.BOS
+
+
+def test_a_compilation_that_fails_is_a_line():
+    """As on a full disk, where it was asked for and nothing else can be done."""
+    failed = torch._dynamo.exc.TorchDynamoException("OSError: no space\n\nSet TORCH_LOGS")
+    line = golf.explain(failed, None)
+    assert line == "compilation failed during start: OSError: no space; see COMPILE=0"

@@ -6815,8 +6815,8 @@ def explain(error: Exception, run: Run | None) -> str | None:
             "MODEL_DIM, MICRO_BATCH_TOKENS or EVAL_BATCH_WINDOWS; saved so far: "
             f"{', '.join(run.saved) if run and run.saved else 'nothing'}"
         )
-    compilers = getattr(sys.modules.get("torch._dynamo.exc"), "TorchDynamoException", ())
-    if isinstance(error, compilers):  # () before anything was compiled
+    # By its name: to import the compiler for the sake of an error takes seconds.
+    if "TorchDynamoException" in (kind.__name__ for kind in type(error).__mro__):
         reason = " ".join(str(error).split("\n\n")[0].split())
         return f"compilation failed during {run.stage if run else 'start'}: {reason}; see COMPILE=0"
     if run and run.world_size > 1:

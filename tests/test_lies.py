@@ -1252,7 +1252,7 @@ for name, stage, values, found_by in (
     (
         "as_many_bytes_of_other_documents",
         "record",
-        dict(corpus__val_documents=golf.CHALLENGE_DOCUMENTS - 1),
+        dict(corpus__val_documents=golf.CHALLENGE_DOCUMENTS - 1000),
         {NOT_THE_CHALLENGES},
     ),
     ("pieces_are_of_strange_text", "record", dict(result__tokens=9_999_999), {"bytes a target"}),

@@ -157,8 +157,10 @@ def test_killed_at_any_moment_a_run_goes_on_or_says_what_is_missing(job, tmp_pat
         elif "safetensors" in saved:
             go_on = dict(LOAD_WEIGHTS=str(saved["safetensors"]))
         else:
-            go_on = dict(CHECKPOINT_SECONDS="1e-3", RESUME="1" if "checkpoint" in saved else "0")
-        process = job(wait=False, RUN_ID="run", **base | go_on)
+            go_on = dict(CHECKPOINT_SECONDS="1e-3")
+            if "checkpoint" in saved:  # of run, or of run-2 where run left nothing but a log
+                go_on |= dict(RESUME="1", RUN_ID=saved["checkpoint"].stem)
+        process = job(wait=False, **dict(RUN_ID="run") | base | go_on)
         try:
             out, err = process.communicate(timeout=wait)
         except subprocess.TimeoutExpired:

@@ -15,9 +15,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+import forked
 import train_gpt as golf
 
 ROOT = Path(__file__).resolve().parent.parent
+AT_IMPORT = {"OMP_NUM_THREADS", "PYTHONPATH"}  # variables that only a fresh Python heeds
 # One folder of compiled graphs for all runs of all workers and suites, for this processor.
 GRAPHS = Path(tempfile.gettempdir(), "train_gpt_tests", golf.kept_graphs().name)
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(GRAPHS)}
@@ -69,7 +71,7 @@ FEW_BLOCKS = FRONTIER | dict(
 def pytest_collection_modifyitems(items):
     """Mark as `fast` what starts no run: `pytest -m fast` is a first check of a change."""
     for item in items:
-        starts_runs = "job" in item.fixturenames or item.path.stem == "test_gpu_day"
+        starts_runs = "job" in item.fixturenames
         if not starts_runs and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.fast)
 
@@ -95,11 +97,14 @@ def workplace(text_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def job(workplace):
-    """job(processes=1, **variables) -> CompletedProcess of a run, with `.record` and `.final`."""
+    """job(processes=1, **variables) -> CompletedProcess of a run, with `.record` and `.final`.
+
+    processes: above 1 they are torchrun's. fresh: by a new Python, not by a fork (forked.py).
+    """
     folder, base = workplace
     count = iter(range(10**6))
 
-    def run(processes=1, wait=True, drop=(), **variables):
+    def run(processes=1, wait=True, drop=(), fresh=False, **variables):
         logs = folder / f"logs{next(count)}"
         env = {k: v for k, v in (base | variables).items() if k not in drop}
         own = {"PATH": os.environ["PATH"], "LOGS_PATH": str(logs), "OMP_NUM_THREADS": "1"}
@@ -108,14 +113,18 @@ def job(workplace):
         if processes > 1:
             launch += ["-m", "torch.distributed.run", "--standalone"]
             launch += [f"--nproc_per_node={processes}"]
-        process = subprocess.Popen(
-            [*launch, str(ROOT / "train_gpt.py")],
-            cwd=folder,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        program = str(ROOT / "train_gpt.py")
+        if processes == 1 and not (fresh or AT_IMPORT & variables.keys()):
+            process = forked.ForkedRun(program, folder, env)
+        else:
+            process = subprocess.Popen(
+                [*launch, program],
+                cwd=folder,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
         if not wait:
             return process
         out, err = process.communicate(timeout=900)  # compilation on slow, shared cores
@@ -131,7 +140,7 @@ def job(workplace):
 @pytest.fixture(scope="session")
 def trained(job):
     """A finished tiny run of the default recipe, the one that is audited."""
-    done = job(AUDIT="strict", PICTURE="1")
+    done = job(fresh=True, AUDIT="strict", PICTURE="1")
     assert done.returncode == 0, done.stderr
     return done
 

@@ -90,7 +90,6 @@ if __name__ == "__main__":  # packages take seconds to load: a signal is one lin
         if signal.getsignal(getattr(signal, early)) != signal.SIG_IGN:
             signal.signal(getattr(signal, early), end_early)
 
-import constriction
 import numpy as np
 import safetensors.torch
 import sentencepiece
@@ -100,6 +99,11 @@ import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import constriction
+except ImportError:  # there is none for Linux on ARM: see check_packages
+    constriction = None
 
 # ==================================================================================================
 # 1. Configuration and recipes
@@ -131,6 +135,15 @@ class LaunchError(RunError):
     """A launcher's variables that make no rank: every process says so, for none is the first."""
 
 
+def accelerator() -> str:
+    """Type of the accelerator that PyTorch finds here ("cuda", say); "cpu" without one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else "cpu"
+
+
+DEVICES = [*dict.fromkeys(["auto", "cpu", "cuda", accelerator()])]
+
+
 def setting(default, meaning: str, allowed=None):
     """A setting: its default, and the line that --help prints of it, with its unit.
 
@@ -150,7 +163,9 @@ class RunSettings:
     run_id: str = setting("", "name of the run's files; empty: recipe-scale-seed")
     seed: int = setting(1337, "seed of the initialization", (0, 2**32 - 1))
     logs_path: str = setting("logs", "folder of logs, weights and artifacts")
-    device: str = setting("auto", "auto takes CUDA where present", ["auto", "cpu", "cuda"])
+    device: str = setting(
+        "auto", "cpu or an accelerator; auto: CUDA where present, else the CPU", DEVICES
+    )
     ranks: int = setting(
         0, "processes on a CPU, where torchrun starts none; 0: as fits it", (0, 64)
     )
@@ -158,7 +173,9 @@ class RunSettings:
         "auto", "torch.compile; auto: on CUDA, and a CPU's long trainings", ["auto", "0", "1"]
     )
     compute: str = setting(
-        "auto", "the network's arithmetic; auto: bfloat16 on CUDA", ["auto", "float32", "bfloat16"]
+        "auto",
+        "the network's arithmetic; auto: bfloat16 on CUDA that has it, else float32",
+        ["auto", "float32", "bfloat16"],
     )
     attention: str = setting(
         "auto", "attention back end", ["auto", "flash3", "cudnn", "flash2", "sdpa"]
@@ -539,8 +556,24 @@ def mixing_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "ngram_primes", "at least one number"
 
 
+def check_packages(cfg: Config) -> None:
+    """RunError if a package is not installed without which this run cannot end."""
+    if constriction:
+        return
+    wanted = ["COMPRESSOR=lzma"] * (cfg.compressor == "ans" and not cfg.load_artifact)
+    wanted += ["AUDIT=0"] * (cfg.audit != "0")
+    if cfg.sample:
+        raise RunError("SAMPLE needs the package constriction, which is not installed")
+    if wanted:
+        raise RunError(
+            "the package constriction (entropy coding) is not installed; there is none for Linux "
+            f"on ARM: {' '.join(wanted)} does without it, for a score that is not proved"
+        )
+
+
 def check_config(cfg: Config) -> None:
     """RunError, in one line, for all settings that contradict each other."""
+    check_packages(cfg)
     found = []
     for contradictions in (model_contradictions, run_contradictions, mixing_contradictions):
         for name, rule in contradictions(cfg):
@@ -809,8 +842,9 @@ def choose_scale(cfg: Config) -> tuple[str, str]:
         return cfg.scale, "SCALE is set"
     if cfg.device == "cpu":
         return "demo", "DEVICE is cpu"
-    if torch.cuda.is_available() and find_shards(cfg.data_path, "train"):
-        return "full", f"CUDA and train shards at {cfg.data_path} are present"
+    kind = device_type(cfg)
+    if kind != "cpu" and find_shards(cfg.data_path, "train"):
+        return "full", f"{kind} and train shards at {cfg.data_path} are present"
     return "demo", f"a laptop's sizes, for want of CUDA with train shards at {cfg.data_path}"
 
 
@@ -911,9 +945,13 @@ FORMATS = {
     "finds_one_percent": ".2g",
 }
 MOST_OWN_RANKS = 8  # of a challenge's machine; more were not tried
+MOST_OWN_THREADS = (
+    2  # per rank: a small network's operations are short (not measured on many cores)
+)
 RANK_BYTES = 2**31  # of memory for each of them; a default run's have 0.9e9
 TARGET_BYTES = 140  # and for each target of the text: 7.97 GiB for 62 M (bench/ngram_counts.py)
 START_SECONDS = 300.0  # for all ranks to meet: PyTorch's first import from a slow disk
+WITHOUT_FLOAT64 = ("mps",)  # accelerators that cannot score
 CORES_VARIABLE = "OWN_RANKS_CORES"  # tells own ranks how many cores the first one found
 STORE_VARIABLE = "OWN_RANKS_STORE"  # tells them the file by which they meet
 # A terminal's Ctrl-C and its end, and what other programs send; not all on Windows.
@@ -1059,10 +1097,9 @@ def own_ranks(cfg: Config, cores: int) -> int:
     sequences, have a core each and fit into memory. One where their number changes the score, at
     full size or of whole shards, whose memory nobody knows before, and where the program cannot be
     started again. RunError if RANKS does not divide a step."""
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    if "RANK" in os.environ or cuda or sys.platform == "win32":  # no libuv store there
+    if "RANK" in os.environ or device_type(cfg) != "cpu" or not is_file_run():
         return 1
-    if not is_file_run():
+    if sys.platform == "win32":  # PyTorch has no libuv store there
         return 1
     if cfg.ranks:
         if not cfg.load_artifact:
@@ -1105,6 +1142,8 @@ class Launcher:
         if "RANK" in os.environ:
             return
         own_threads = max(1, self.cores // self.count)
+        if self.count > 1:
+            own_threads = min(own_threads, MOST_OWN_THREADS)
         if own_threads < torch.get_num_threads():
             torch.set_num_threads(own_threads)
         if self.count == 1:
@@ -1226,9 +1265,6 @@ class Run:
     def __init__(self, cfg: Config, cores: int = 0):
         """Join the process group. cores: 0: as many as PyTorch has threads."""
         self.cores = cores or torch.get_num_threads()
-        cuda = cfg.device != "cpu" and torch.cuda.is_available()
-        if cfg.device == "cuda" and not cuda:
-            raise RunError("DEVICE=cuda: no CUDA device is available; set DEVICE=cpu")
         self.rank, self.world_size = launched_rank(os.environ)
         self.is_main = self.rank == 0
         self.stage = "start"
@@ -1237,10 +1273,7 @@ class Run:
         self.saved: list[str] = []
         self.unsaved: list[str] = []
         self.record: dict[str, Any] = collections.defaultdict(list, config={})
-        self.device = torch.device("cpu")
-        if cuda:
-            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-            torch.cuda.set_device(self.device)
+        self.device = take_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
         self.join(cfg)
 
     def open_log(self, cfg: Config) -> None:
@@ -1263,7 +1296,15 @@ class Run:
         elif STORE_VARIABLE in os.environ:
             store = dist.FileStore(os.environ[STORE_VARIABLE], self.world_size)
             known = {"store": store, "rank": self.rank, "world_size": self.world_size}
-        back_end = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        back_end = "gloo"
+        if self.device.type != "cpu" and self.world_size > 1:
+            own = dist.get_default_backend_for_device(self.device)
+            if own == "nccl" and not dist.is_nccl_available():
+                raise RunError(
+                    f"PyTorch {torch.__version__} has no NCCL, by which ranks on several GPUs "
+                    "meet: run one process, or set DEVICE=cpu"
+                )
+            back_end = f"cpu:gloo,{self.device.type}:{own}"
         seconds = cfg.dist_timeout_seconds
         if CORES_VARIABLE in os.environ and seconds == Config.dist_timeout_seconds:
             # A rank of a Launcher that dies closes its connections; a slow one is no failure.
@@ -1386,6 +1427,12 @@ class Run:
         dist.all_gather(list(everyones), numbers)
         return everyones.T.tolist()
 
+    def all_reduce(self, tensor: Tensor, mean: bool = False) -> None:
+        """Replace a tensor by its sum over ranks, or its mean. One rank needs no collective, and so
+        no back end for its device."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.AVG if mean else dist.ReduceOp.SUM)
+
     def gather(self, part: Tensor, spans: list[tuple[int, int]]) -> Tensor | None:
         """Every rank's rows (span, ...) end to end, on rank 0's CPU; None on the others."""
         if self.world_size == 1:
@@ -1403,20 +1450,53 @@ class Run:
 
     def sync(self) -> float:
         """Wait for the device; the time in seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory this rank has held: of the CUDA device, else of the process; 0: unknown."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved()
+        """Most memory this rank has held: of the accelerator, else of the process; 0: unknown."""
+        if self.device.type != "cpu":
+            return torch.accelerator.memory_stats(self.device).get("reserved_bytes.all.peak", 0)
         try:
             resource = importlib.import_module("resource")
         except ImportError:  # not on Windows
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def device_type(cfg: Config) -> str:
+    """Type of the device that DEVICE asks for: "cpu", or an accelerator's. RunError if PyTorch
+    finds no such accelerator here, or it cannot do what scoring needs."""
+    found = accelerator()
+    if cfg.device == "auto":
+        return found if found == "cuda" else "cpu"
+    if cfg.device not in ("cpu", found):
+        present = "no accelerator" if found == "cpu" else found
+        raise RunError(
+            f"DEVICE={cfg.device}: PyTorch {torch.__version__} finds {present} here; set DEVICE=cpu"
+        )
+    if cfg.device in WITHOUT_FLOAT64:
+        raise RunError(
+            f"DEVICE={cfg.device}: it has no float64, which scoring needs; set DEVICE=cpu"
+        )
+    return cfg.device
+
+
+def take_device(cfg: Config, local_rank: int) -> torch.device:
+    """The device of a rank: an accelerator's by the number of the rank on its machine."""
+    kind = device_type(cfg)
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise LaunchError(
+            f"LOCAL_RANK={local_rank}: there are {count} {kind} devices here, a rank needs one: "
+            f"torchrun --nproc_per_node={count}"
+        )
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(kind, local_rank)
 
 
 def launched_rank(env: Mapping[str, str]) -> tuple[int, int]:
@@ -1687,6 +1767,7 @@ class TrainLoader:
     def __init__(self, stream: TokenStream, cfg: Config, run: Run):
         self.stream, self.run = stream, run
         self.position = 0
+        self.ahead: tuple[int, tuple[Tensor, Tensor]] | None = None  # a position and its batch
         self.seq_len = cfg.train_seq_len
         self.batch = cfg.train_batch_tokens // cfg.train_seq_len  # sequences a step, all ranks
         self.blocks = (len(stream) - 1) // self.seq_len
@@ -1696,15 +1777,27 @@ class TrainLoader:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the next step, each (sequences, seq_len) int64."""
+        position, batch = self.ahead or (self.position, self.read())
+        if position != self.position:  # it was moved since
+            batch = self.read()
+        self.ahead = None
+        self.position += self.batch
+        return batch
+
+    def read_ahead(self) -> None:
+        """Read and send the batch that next_batch gives next, while the device is computing."""
+        self.ahead = self.position, self.read()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The batch at `position`."""
         share = self.batch // self.run.world_size
         first = self.position + self.run.rank * share
-        self.position += self.batch
         sequences = []
         for i in range(first, first + share):
             block = i * self.stride % self.blocks
             sequences.append(self.stream.read(block * self.seq_len, self.seq_len + 1))
         tokens = torch.from_numpy(np.stack(sequences))
-        if self.run.device.type == "cuda":
+        if self.run.device.type != "cpu":  # from pinned memory the host need not wait for it
             tokens = tokens.pin_memory().to(self.run.device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -1958,7 +2051,7 @@ def count_runs(val: Tensor, train: TokenStream | None, run: Run) -> RunCounts:
         place = np.searchsorted(wanted, near).clip(max=max(0, len(wanted) - 1))
         found[place[wanted[place] == near]] = True
     everyones = torch.from_numpy(found.astype(np.uint8))
-    dist.all_reduce(everyones)
+    run.all_reduce(everyones)
     in_train = int(counts[everyones.numpy() > 0].sum())
     return RunCounts(int(counts.sum()), len(wanted), in_train)
 
@@ -2345,6 +2438,7 @@ LANE_KEEP = 1.1  # share of a lane that a block keeps, at the start (#1529)
 GATE_WIDTH = 12  # channels that the gates of attention (#1667) and smear (#1851) look at
 # Inductor's: 6 ms a step slower with it, and silently wrong gradients (pytorch 179494, 193061)
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
+COMPILED_DEVICES = ("cuda",)  # for which Inductor has Triton
 # Of training on a CPU: a minute of compilation, once, makes its steps a third faster.
 COMPILE_PAYS_SECONDS, COMPILE_PAYS_STEPS = 100.0, 100
 # Attention back ends, best first: FlashAttention 3 and cuDNN have kernels made for Hopper (compute
@@ -2352,7 +2446,6 @@ COMPILE_PAYS_SECONDS, COMPILE_PAYS_STEPS = 100.0, 100
 ATTENTION_ORDER = {
     "hopper": ("flash3", "cudnn", "flash2", "sdpa"),
     "cuda": ("flash2", "sdpa"),
-    "cpu": ("sdpa",),
 }
 FLASH_MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}
 # SDPA's kernels in the order in which "cudnn" has it choose: the first that takes the inputs.
@@ -2424,16 +2517,22 @@ def try_attention(name: str, cfg: Config, run: Run) -> Callable:
     return attention
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is NVIDIA's of compute capability 9, or 10, of which the same is expected.
+    AMD's of that number are something else."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def choose_attention(cfg: Config, run: Run) -> tuple[str, Callable]:
     """(name, function) of the first back end in ATTENTION_ORDER, or the one that is set, that
     works on every rank; tried once a run. RunError if the one that is set does not work."""
     if run.attention:
         return run.attention
-    kind = run.device.type
-    if kind == "cuda" and torch.cuda.get_device_capability(run.device)[0] == 9:
-        kind = "hopper"
+    kind = "hopper" if is_hopper(run.device) else run.device.type
     reason = f"not for {kind}"
-    for name in ATTENTION_ORDER[kind]:
+    for name in ATTENTION_ORDER.get(kind, ("sdpa",)):
         if cfg.attention not in ("auto", name):
             continue
         function, reason = None, ""
@@ -2748,14 +2847,20 @@ class GPT(nn.Module):
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     """The dtype of the network's arithmetic; parameters and logits are float32 in each."""
     if cfg.compute == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return getattr(torch, cfg.compute)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself. NVIDIA's before compute capability 8 do not:
+    Inductor would leave their graphs uncompiled without a word."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compiles(cfg: Config, run: Run, pays: bool = False) -> bool:
     """Whether a function is compiled; on a CPU unasked only where it pays."""
     if cfg.compile == "auto":
-        return run.device.type == "cuda" or pays
+        return run.device.type in COMPILED_DEVICES or pays
     return cfg.compile == "1"
 
 
@@ -2826,8 +2931,34 @@ def compiled(
     if not compiles(cfg, run, pays):
         return function
     use_kept_graphs(run)
-    options = COMPILE_OPTIONS | (options or {})
+    known = torch._inductor.list_options()  # older PyTorch has fewer
+    wanted = COMPILE_OPTIONS | (options or {})
+    options = {name: value for name, value in wanted.items() if name in known}
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+
+def try_compiler(cfg: Config, run: Run) -> Config:
+    """cfg, once every rank has compiled a small function where all of the run is to be compiled;
+    with COMPILE=0 if one cannot, at demo scale and unasked. RunError if it was asked for, or at
+    full size, where an uncompiled training is not worth its time."""
+    if not compiles(cfg, run):
+        return cfg
+    reason = ""
+    try:
+        x = torch.ones(8, device=run.device, requires_grad=True)
+        compiled(lambda t: (2 * t).sin().sum(), cfg, run)(x).backward()
+    except Exception as error:  # of any of the compiler's parts
+        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    reasons = [*filter(None, run.everyones(reason))]
+    if not reasons:
+        return cfg
+    if cfg.compile == "1" or cfg.scale == "full":
+        raise RunError(
+            f"PyTorch cannot compile here ({reasons[0]}): install a C compiler (gcc), or set "
+            "COMPILE=0, which is slower"
+        )
+    run.log(f"not compiled, for not every rank can: {reasons[0]}")
+    return replace(cfg, compile="0")
 
 
 def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None) -> GPT:
@@ -2847,8 +2978,9 @@ def build_model(cfg: Config, run: Run, weights: dict[str, Tensor] | None = None)
     compute = str(dtype).removeprefix("torch.")
     run.row("model", parameters=parameters, attention=name, compute=compute)
     model = model.to(run.device)
-    for p in model.parameters():  # another CPU model may have rounded the start otherwise
-        dist.broadcast(p.data, src=0)
+    if run.world_size > 1:
+        for p in model.parameters():  # another CPU model may have rounded the start otherwise
+            dist.broadcast(p.data, src=0)
     return model
 
 
@@ -2885,7 +3017,8 @@ def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> 
 
 
 class BankShard:
-    """The matrices of a bank that this rank updates: an equal run for each rank, zero-padded.
+    """The matrices of a bank that this rank updates: an equal run for each rank, zero-padded; of
+    one rank all, in place and without collectives.
 
     bank: the parameter (M,rows,cols). full: buffer (size * world_size, rows, cols) of collectives.
     grad, momentum, shard: (size, rows, cols), of this rank's matrices. work: a started collective.
@@ -2894,17 +3027,35 @@ class BankShard:
 
     def __init__(self, bank: nn.Parameter, run: Run, dtype: torch.dtype):
         self.bank, self.run, self.dtype = bank, run, dtype
+        self.work: dist.Work | None = None
+        if run.world_size == 1:
+            self.full = self.momentum = torch.zeros_like(bank.data)
+            self.grad, self.shard = bank.grad, bank.data
+            return
         size = -(-len(bank) // run.world_size)
         self.full = torch.zeros(size * run.world_size, *bank.shape[1:], device=bank.device)
         self.grad, self.momentum, self.shard = (self.full[:size].clone() for _ in range(3))
-        self.work: dist.Work | None = None
 
     def own(self) -> Tensor:
         """This rank's matrices (size, rows, cols) of `full`."""
         return self.full.chunk(self.run.world_size)[self.run.rank]
 
+    def wait(self) -> None:
+        """Until the collective that was started is done, if there is one."""
+        if self.work:
+            self.work.wait()
+
+    def gather_momentum(self) -> Tensor:
+        """Every rank's momentum, (M,rows,cols)."""
+        if self.run.world_size > 1:
+            all_gather(self.full, self.momentum)
+        return self.full[: len(self.bank)]
+
     def reduce(self) -> None:
         """Start averaging the gradient over ranks into `grad` (reduce-scatter)."""
+        if self.run.world_size == 1:
+            self.grad = self.bank.grad
+            return
         self.full[: len(self.bank)] = self.bank.grad
         self.work = reduce_scatter(self.grad, self.full, dist.ReduceOp.AVG, async_op=True)
 
@@ -2915,16 +3066,19 @@ class BankShard:
         if cfg.muon_row_norm:
             nesterov = F.normalize(nesterov, dim=-1, eps=ROW_NORM_FLOOR)
         direction = newton_schulz(nesterov, cfg.muon_backend_steps, self.dtype)
-        self.full[: len(self.bank)] = self.bank.data
-        self.shard.copy_(self.own())
+        if self.run.world_size > 1:
+            self.full[: len(self.bank)] = self.bank.data
+            self.shard.copy_(self.own())
         scale = max(1, direction.size(-2) / direction.size(-1)) ** 0.5
         self.shard.mul_(1 - lr * cfg.muon_wd).add_(direction, alpha=-lr * scale)
-        self.work = all_gather(self.full, self.shard, async_op=True)
+        if self.run.world_size > 1:
+            self.work = all_gather(self.full, self.shard, async_op=True)
 
     def finish(self) -> None:
         """Wait for every rank's matrices and take them into the parameter."""
-        self.work.wait()
-        self.bank.data.copy_(self.full[: len(self.bank)])
+        if self.run.world_size > 1:
+            self.wait()
+            self.bank.data.copy_(self.full[: len(self.bank)])
 
 
 def parameter_groups(model: GPT, cfg: Config) -> tuple[list[nn.Parameter], list[dict]]:
@@ -2958,7 +3112,7 @@ class Optimizer:
             groups,
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            fused=run.device.type == "cuda",
+            fused=run.device.type != "cpu",
         )
 
     def reduce_gradients(self) -> Tensor:
@@ -2966,15 +3120,16 @@ class Optimizer:
         for bank in self.banks:
             bank.reduce()
         grads = [p.grad for p in self.small]
-        flat = torch._utils._flatten_dense_tensors(grads)  # one all-reduce for all small ones
-        dist.all_reduce(flat, dist.ReduceOp.AVG)
-        torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
+        if self.run.world_size > 1:
+            flat = torch._utils._flatten_dense_tensors(grads)  # one all-reduce for all small ones
+            self.run.all_reduce(flat, mean=True)
+            torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
         for bank in self.banks:
-            bank.work.wait()
+            bank.wait()
         shards = [bank.grad for bank in self.banks]
         parts = shards + grads if self.run.is_main else shards  # each element counted once
         square = torch.stack(torch._foreach_norm(parts)).square().sum()
-        dist.all_reduce(square)
+        self.run.all_reduce(square)
         return square.sqrt()
 
     def clip(self, total_norm: Tensor) -> None:
@@ -3007,11 +3162,14 @@ class Optimizer:
 # it: step counts of the settings are parts of `schedule_steps`, so that a short run is a whole one
 # in small. The clock runs from the first step to the last and stands still for validation and for
 # checkpoints; compilation and warm-up come before it and leave no trace. A step starts only if it
-# will end under the cap. After each, ranks wait for their devices once and exchange a few numbers
-# once (`settle`). SIGTERM or Ctrl-C ends training after the step and the run goes on to export. A
-# checkpoint holds all that the next step depends on; what a resumed run lost counts as its time.
+# will end under the cap. While a step computes, ranks wait once for the step before and exchange a
+# few numbers (`settle`). SIGTERM or Ctrl-C ends training after the step and the run goes on to
+# export. A checkpoint holds all that the next step depends on; time that a resumed run lost counts.
 
 MOST_MICRO_BATCH_TOKENS = 98304  # one of eight ranks' share of the challenge's step
+# Logits of a forward pass in training, validation and scoring. Three or four tensors of so many
+# float32, 0.5 GB each, exist at once. 1,024 pieces stay below this bound, 8,192 pieces reach it.
+MOST_LOGITS = 2**27
 RECENT_STEPS = 20  # whose longest tells how long the next one may take
 STEP_MARGIN = 1.1  # and by how much longer
 SWA_BELOW = 0.5  # SWA samples are taken once the lr scale is below (#806)
@@ -3041,7 +3199,7 @@ def fit_micro_batch(cfg: Config, world_size: int) -> int:
             f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: its sequences of {cfg.train_seq_len} "
             f"do not divide among {world_size} ranks"
         )
-    limit = cfg.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS
+    limit = cfg.micro_batch_tokens or min(MOST_MICRO_BATCH_TOKENS, MOST_LOGITS // cfg.vocab_size)
     most = min(sequences, max(1, limit // cfg.train_seq_len))
     return cfg.train_seq_len * max(n for n in range(1, most + 1) if sequences % n == 0)
 
@@ -3113,10 +3271,38 @@ class WeightAverage:
             torch._foreach_copy_(self.params, self.average)
 
 
+class OnItsWay:
+    """A number () of the device, sent to the host without waiting for it."""
+
+    def __init__(self, value: Tensor):
+        self.value, self.event = value.to("cpu", non_blocking=True), None
+        if value.device.type != "cpu":
+            self.event = torch.Event(value.device)
+            self.event.record()
+        self.arrived = time.perf_counter()  # on a CPU
+
+    def wait(self) -> tuple[float, float]:
+        """(the number, the time of perf_counter() at which it was known to be there)."""
+        if self.event:
+            self.event.synchronize()
+            self.arrived = time.perf_counter()
+        return float(self.value), self.arrived
+
+
+class Step(NamedTuple):
+    """A step that was launched: its number, from 1, progress before and at it, its loss."""
+
+    number: int
+    before: float
+    now: float
+    loss: OnItsWay
+
+
 class Trainer:
     """Training under a cap on its time.
 
-    steps, elapsed: taken so far, and their time in seconds, on which ranks agree. clock_zero: this
+    steps: launched so far. unsettled: the last of them, until its loss and time are known.
+    elapsed: time of the settled ones in seconds, on which ranks agree. clock_zero: this
     rank's time at which the clock would have shown 0. last_progress: at the last step. recent:
     times of the last steps, in seconds. micro_batch: sequences of a forward pass. cap: seconds of
     training, 0: none. recompiles: graphs compiled after warm-up. signalled: a signal came to this
@@ -3129,6 +3315,7 @@ class Trainer:
         (pays,) = run.of_ranks(float(is_long_training(cfg, run)))
         self.forward = compiled(model, cfg, run, pays=all(pays))
         self.steps, self.elapsed, self.last_progress = 0, 0.0, 0.0
+        self.unsettled: Step | None = None
         self.clock_zero = 0.0
         self.last_loss = math.nan
         self.recompiles = 0
@@ -3157,7 +3344,8 @@ class Trainer:
         by_steps = self.steps / max(1, self.cfg.iterations)
         if not self.cap:
             return by_steps
-        return max(by_steps, min(1.0, self.elapsed / self.cap))
+        underway = self.recent[-1] if self.unsettled and self.recent else 0.0
+        return max(by_steps, min(1.0, (self.elapsed + underway) / self.cap))
 
     def looping(self, progress: float) -> bool:
         """Whether blocks are visited repeatedly, after this part of the training."""
@@ -3274,7 +3462,8 @@ class Trainer:
     def may_continue(self) -> bool:
         """Whether another step starts, the same answer on every rank: it must end under the cap."""
         longest = STEP_MARGIN * max(self.recent, default=0.0)
-        fits = not self.cap or self.elapsed + longest <= self.cap
+        steps = 2 if self.unsettled else 1
+        fits = not self.cap or self.elapsed + steps * longest <= self.cap
         return fits and self.steps < self.cfg.iterations and not self.stopping
 
     def train(self) -> None:
@@ -3288,9 +3477,11 @@ class Trainer:
             while self.may_continue():
                 checkpoint.note_clock()
                 if checkpoint.is_due():
+                    self.settle()  # not in the time for which the clock is stopped
                     with self.clock_stopped():
                         checkpoint.save()
                 self.take_step()
+            self.settle()
             if self.stopping:
                 checkpoint.save()
                 ended = f"stop requested: training ends after {self.steps} steps; RESUME=1 goes on"
@@ -3322,7 +3513,11 @@ class Trainer:
                 os.unlink(f"{self.run.base}{suffix}")
 
     def take_step(self) -> None:
-        """One step at the progress that the clock tells; ranks have agreed on that clock."""
+        """One step at the progress that the clock tells; ranks have agreed on that clock.
+
+        An accelerator is given a step's work before the host waits for the step before, so that it
+        has always something to do. The first step's time has to be known before the second.
+        """
         before, now = self.last_progress, self.progress()
         self.last_progress = now
         graphs = compiled_graphs()
@@ -3331,23 +3526,35 @@ class Trainer:
         self.average.update(before, now, self.lr_scale(now))
         self.steps += 1
         self.recompiles += compiled_graphs() - graphs
-        self.settle(loss)
-        self.report(before, now)
+        taken = Step(self.steps, before, now, OnItsWay(loss))
+        self.loader.read_ahead()
+        self.settle()
+        self.unsettled = taken
+        validates = self.passed(before, now, self.cfg.val_loss_every)
+        if validates or not self.recent:
+            self.settle()
+        if validates:
+            with self.clock_stopped():
+                self.validate()
 
-    def settle(self, loss: Tensor) -> None:
-        """Wait for the device and agree with all ranks on clock, loss () and stop, once a step;
-        RunError if the loss is not finite."""
-        own_loss = loss.item()  # waits for all that was launched before
-        own_time = time.perf_counter() - self.clock_zero
+    def settle(self) -> None:
+        """Wait for the step that is not settled yet, if there is one, and agree with all ranks on
+        clock, loss and stop; RunError if the loss is not finite."""
+        if not self.unsettled:
+            return
+        step, self.unsettled = self.unsettled, None
+        own_loss, finished = step.loss.wait()
+        own_time = finished - self.clock_zero
         times, losses, signals = self.run.of_ranks(own_time, own_loss, self.signalled)
         mean_loss = float(np.mean(losses))
         if not math.isfinite(mean_loss):
             raise RunError(
-                f"step {self.steps}: the loss is not finite (last finite loss "
+                f"step {step.number}: the loss is not finite (last finite loss "
                 f"{self.last_loss:.4f}); lower MATRIX_LR, SCALAR_LR or GRAD_CLIP_NORM"
             )
         self.recent.append(max(times) - self.elapsed)
         self.elapsed, self.last_loss, self.stopping = max(times), mean_loss, any(signals)
+        self.report(step)
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -3357,22 +3564,21 @@ class Trainer:
         self.run.of_ranks(self.run.sync())
         self.clock_zero += time.perf_counter() - stopped
 
-    def report(self, before: float, now: float) -> None:
-        """Log and validate where due between two times of progress."""
+    def report(self, step: Step) -> None:
+        """Log a settled step where a line is due."""
         cfg = self.cfg
-        if self.steps == 1 or self.passed(before, now, cfg.train_log_every):
-            step_seconds = self.elapsed / self.steps
-            self.log_step(
-                "train",
-                train_loss=self.last_loss,
-                lr_scale=self.lr_scale(now),
-                tokens_per_second=round(cfg.train_batch_tokens / step_seconds),
-                eta_seconds=eta(self.clock_zero, self.progress()),
-                step_avg=f"{1000 * step_seconds:.2f}ms",
-            )
-        if self.passed(before, now, cfg.val_loss_every):
-            with self.clock_stopped():
-                self.validate()
+        if step.number != 1 and not self.passed(step.before, step.now, cfg.train_log_every):
+            return
+        step_seconds = self.elapsed / step.number
+        self.log_step(
+            "train",
+            step.number,
+            train_loss=self.last_loss,
+            lr_scale=self.lr_scale(step.now),
+            tokens_per_second=round(cfg.train_batch_tokens / step_seconds),
+            eta_seconds=eta(self.clock_zero, self.progress()),
+            step_avg=f"{1000 * step_seconds:.2f}ms",
+        )
 
     def passed(self, before: float, now: float, every: int) -> bool:
         """Whether progress has passed a multiple of so many schedule steps; 0: none."""
@@ -3382,14 +3588,15 @@ class Trainer:
     def validate(self) -> None:
         """Validation loss of the present weights on windows that do not overlap."""
         self.model.cfg = self.trained_config()
-        self.log_step("validation", **neural_score(self.model, self.data, self.model.cfg, self.run))
+        score = neural_score(self.model, self.data, self.model.cfg, self.run)
+        self.log_step("validation", self.steps, **score)
         self.model.cfg = self.cfg
 
-    def log_step(self, kind: str, **values) -> None:
-        """A line that begins with step:done/most."""
+    def log_step(self, kind: str, number: int, **values) -> None:
+        """A line that begins with step:number/most."""
         values["train_time"] = f"{1000 * self.elapsed:.0f}ms"
-        self.run.row(kind, f"step:{self.steps}/{self.cfg.iterations}", **values)
-        self.run.record[kind][-1]["step"] = self.steps
+        self.run.row(kind, f"step:{number}/{self.cfg.iterations}", **values)
+        self.run.record[kind][-1]["step"] = number
 
 
 def fingerprint(data: Data, cfg: Config, run: Run) -> dict[str, str]:
@@ -3514,12 +3721,13 @@ class Checkpoint:
     def save(self) -> None:
         """Write all that the next step depends on; all ranks take part, for momenta are divided."""
         trainer, average = self.trainer, self.trainer.average
+        trainer.settle()
         for bank in trainer.optimizer.banks:
-            all_gather(bank.full, bank.momentum)
+            bank.gather_momentum()
         numbers = [trainer.steps, trainer.elapsed, trainer.last_progress, trainer.last_loss]
         numbers += [trainer.loader.position, average.mass, average.samples]
         if self.run.is_main:
-            state = self.tensors()
+            state = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
             state["numbers"] = torch.tensor(numbers, dtype=torch.float64)
             state["recent"] = torch.tensor(trainer.recent, dtype=torch.float64)
             made_of = fingerprint(trainer.data, trainer.cfg, self.run)
@@ -3535,7 +3743,8 @@ class Checkpoint:
                 raise RunError(f"{self.run.base}.checkpoint: without {name} of this network")
             tensor.copy_(saved[name])
         for bank in trainer.optimizer.banks:
-            bank.momentum.copy_(bank.own())
+            if self.run.world_size > 1:
+                bank.momentum.copy_(bank.own())
         steps, trainer.elapsed, trainer.last_progress, trainer.last_loss, *more = saved[
             "numbers"
         ].tolist()
@@ -3712,7 +3921,7 @@ def calibrate(model: GPT, data: Data, cfg: Config, run: Run) -> dict[str, Sensit
     started, limit = run.sync(), calibration_seconds(cfg) or math.inf
     seen = observe(model, data, cfg, run, limit / 2, CALIBRATION_SEQUENCES)
     for total in seen.tensors():
-        dist.all_reduce(total)
+        run.all_reduce(total)
     (used,) = run.of_ranks(seen.sequences)
     senses: dict[str, Sensitivity] = {}
     if not run.is_main:
@@ -4259,6 +4468,8 @@ def unpack(blob: bytes, cfg: Config, vocabulary: str) -> tuple[Config, dict[str,
             "artifact: made with another vocabulary than this tokenizer's; TEXT_FILES, or "
             "DATA_PATH and TOKENIZER_PATH, must be those of its run, which its .json tells"
         )
+    if cfg.compressor == "ans" and not constriction:
+        raise RunError("artifact: its codes need the package constriction, which is not installed")
     table, compressor = tensor_table(cfg), COMPRESSORS[cfg.compressor]
     cubes = [entry.cube() for entry in table if entry.limit]
     sizes = [entry.plain_bytes() for entry in table]
@@ -4326,7 +4537,8 @@ class Grid:
         self.num_targets, self.last = num_targets, stride
         self.seq_len = min(cfg.eval_seq_len, num_targets)
         self.count = 1 + -(-(num_targets - self.seq_len) // stride)
-        self.batch_windows = batch_windows or cfg.eval_batch_windows
+        most = max(1, MOST_LOGITS // (self.last * cfg.vocab_size))
+        self.batch_windows = min(most, batch_windows or cfg.eval_batch_windows)
         self.count_batches = 1 + -(-(self.count - 1) // self.batch_windows)
         cuts = [self.count_batches * r // world_size for r in range(world_size + 1)]
         ends = [self.scored_before(cut) for cut in cuts]
@@ -4545,7 +4757,7 @@ def neural_score(model: GPT, data: Data, cfg: Config, run: Run) -> dict:
 
 # Members or positions of a block: on a CPU 2**15 to 2**19 take the same time, larger ones more
 # memory; on CUDA few large blocks are few launches (by their count; not measured).
-BLOCK = {"cpu": 2**18, "cuda": 2**22}
+CPU_BLOCK, BLOCK = 2**18, 2**22
 DIGIT_BITS = 11  # of a sort's pass: a vocabulary of 1,024 and the token after the end need one
 
 
@@ -4578,7 +4790,7 @@ class Ngrams(NamedTuple):
 
 def blocks(begin: int, column: Tensor) -> Iterator[slice]:
     """The entries of a column from `begin` on, in blocks."""
-    size = BLOCK[column.device.type]
+    size = CPU_BLOCK if column.device.type == "cpu" else BLOCK
     for first in range(begin, len(column), size):
         yield slice(first, min(first + size, len(column)))
 
@@ -6264,7 +6476,7 @@ def describe_run(cfg: Config, notes: list[str], data: Data, run: Run) -> None:
         "numpy": np.__version__,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if run.device.type == "cuda" else "none",
+        "gpu": device_name(run.device),
         "world_size": run.world_size,
         "launcher": launched_by(run),
         "revision": revision(),
@@ -6749,8 +6961,10 @@ def prove_and_report(evaluation: Evaluation, blob: bytes, cfg: Config, run: Run)
 
 def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     """The whole run, as a table of contents; the exit status."""
-    for line in (what_it_does(cfg), *notes, how_it_computes(cfg, run)):
+    for line in (what_it_does(cfg), *notes):
         run.log(line)
+    cfg = try_compiler(cfg, run)
+    run.log(how_it_computes(cfg, run))
     run.stage = "data"
     if not cfg.load_artifact:
         fit_micro_batch(cfg, run.world_size)  # fails before expensive work
@@ -6772,6 +6986,13 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
 def launched_by(run: Run) -> str:
     """Who started this run's ranks."""
     return "itself" if CORES_VARIABLE in os.environ or run.world_size == 1 else "torchrun"
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the accelerator, "none" of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "none" if device.type == "cpu" else device.type
 
 
 def what_it_does(cfg: Config) -> str:
@@ -6805,6 +7026,14 @@ def how_it_computes(cfg: Config, run: Run) -> str:
     return f"computing with {ranks}; compiled (COMPILE): {told}; COMPUTE={dtype}"
 
 
+# What makes a stage need less memory.
+MEMORY_SETTINGS = {
+    "training": "MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or MODEL_DIM",
+    "evaluation": "EVAL_BATCH_WINDOWS or VAL_BATCH_SIZE",
+    "audit": "EVAL_BATCH_WINDOWS",
+}
+
+
 def explain(error: Exception, run: Run | None) -> str | None:
     """The line that this rank prints of an error that ended the run, "" if another rank speaks;
     None if the error is a fault of this program's, of which the traceback is wanted."""
@@ -6812,7 +7041,7 @@ def explain(error: Exception, run: Run | None) -> str | None:
         device = run.device.type if run else "cpu"
         return (
             f"out of memory of the {device} during {run.stage if run else 'start'}: lower "
-            "MODEL_DIM, MICRO_BATCH_TOKENS or EVAL_BATCH_WINDOWS; saved so far: "
+            f"{MEMORY_SETTINGS.get(run.stage if run else '', 'MODEL_DIM')}; saved so far: "
             f"{', '.join(run.saved) if run and run.saved else 'nothing'}"
         )
     # By its name: to import the compiler for the sake of an error takes seconds.

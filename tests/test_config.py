@@ -329,7 +329,7 @@ def test_a_near_miss_of_a_shared_variable_is_an_error(env):
 
 
 def test_the_scale_is_full_where_cuda_may_be_used_and_shards_are(monkeypatch, tmp_path):
-    monkeypatch.setattr(golf.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(golf, "accelerator", lambda: "cuda")
     golf.write_shard(tmp_path / "x_train_0.bin", golf.np.array([1, 2, 3]))
     env = dict(DATA_PATH=str(tmp_path))
     assert golf.load_config(env)[0].scale == "full"

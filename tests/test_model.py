@@ -272,7 +272,7 @@ def test_an_installed_package_that_works_is_taken(data, monkeypatch):
     assert golf.choose_attention(cfg, run) == ("flash2", package.flash_attn_func)
 
 
-def test_compute_sets_the_arithmetic_everywhere(data):
+def test_compute_sets_the_arithmetic_everywhere(monkeypatch, data):
     """COMPUTE=bfloat16 on a CPU casts as CUDA does; parameters and logits stay float32."""
     cfg, run, corpus = data
     half = golf.replace(cfg, compute="bfloat16")
@@ -286,4 +286,7 @@ def test_compute_sets_the_arithmetic_everywhere(data):
     for name, dtype in (("auto", torch.float32), ("float32", torch.float32)):
         own = golf.compute_dtype(golf.replace(cfg, compute=name), torch.device("cpu"))
         assert own == dtype
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert golf.compute_dtype(cfg, torch.device("cuda")) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert golf.compute_dtype(cfg, torch.device("cuda")) == torch.float32

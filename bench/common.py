@@ -356,14 +356,18 @@ def profile(work, run):
 
 
 def arguments(doc):
-    """--repeats, --seconds, --profile."""
+    """--repeats, --seconds, --scale, --profile."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=9, help="pairs of runs at most")
     parser.add_argument("--seconds", type=float, default=60, help="for the pairs of one line")
+    parser.add_argument("--scale", choices=["demo", "full"], help="one size alone")
     parser.add_argument("--profile", action="store_true", help="print the top ten kernels")
     return parser.parse_args()
 
 
-def scales():
-    """demo always, full where there is CUDA."""
-    return ["demo", "full"] if torch.cuda.is_available() else ["demo"]
+def scales(only=None):
+    """demo always, full where there is CUDA; or the one that --scale names."""
+    there = ["demo", "full"] if torch.cuda.is_available() else ["demo"]
+    if only and only not in there:
+        raise SystemExit(f"error: --scale {only}: no CUDA device is available")
+    return [only] if only else there

@@ -1,6 +1,6 @@
 """How fast is the neural pass? Ours against a plain one: same windows, network and results.
 
-    python bench/neural_pass.py [--repeats 9] [--seconds 60] [--profile]
+    python bench/neural_pass.py [--repeats 9] [--seconds 60] [--scale full] [--profile]
 
 Windows of 256 tokens scored in steps of 64 on the CPU, float32; with a GPU also windows of 2,048,
 bf16 and torch.compile on both sides. Ours is NeuralPass.columns with hints. The plain pass
@@ -101,7 +101,7 @@ def bench(scale, args):
 
 def main():
     args = arguments(__doc__)
-    for scale in scales():
+    for scale in scales(args.scale):
         bench(scale, args)
 
 

@@ -293,8 +293,8 @@ def bench_launches(stream):
     tokens = torch.from_numpy(stream[: COMPARED + 1])
     size = len(tokens) - 1
     mixed = min(size, 8 * CHUNK)
-    blocks = -(-FULL_TARGETS // golf.BLOCK["cuda"])
-    golf.BLOCK = {"cpu": -(-size // blocks)}
+    blocks = -(-FULL_TARGETS // golf.BLOCK)
+    golf.CPU_BLOCK = -(-size // blocks)
     cfg = golf.Config()
     rule = golf.backoff_rules(cfg)["backoff_hashed"]
 

@@ -1,6 +1,6 @@
 """How fast is a training step? Ours against a plain one: same maths, shapes and weights.
 
-    python bench/training_step.py [--repeats 9] [--seconds 60] [--profile]
+    python bench/training_step.py [--repeats 9] [--seconds 60] [--scale full] [--profile]
 
 Demo size on the CPU, float32; with a GPU also one of eight ranks' share of the challenge's step
 (98,304 tokens of 2,048), bf16 and torch.compile on both sides. Ours is Trainer.gradients,
@@ -182,7 +182,7 @@ def bench(scale, folder, args):
 def main():
     args = arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        for scale in scales():
+        for scale in scales(args.scale):
             bench(scale, folder, args)
 
 

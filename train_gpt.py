@@ -4,8 +4,7 @@
 
     python train_gpt.py                                       a laptop, no data needed: minutes
     TEXT_FILES='notes/**/*.md' python train_gpt.py            the same on your own text
-    torchrun --standalone --nproc_per_node=8 --shutdown-timeout=600 train_gpt.py
-                                                              the challenge: 8 GPUs, FineWeb shards
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     the challenge: 8 GPUs, FineWeb shards
     RECIPE=pr1094 python train_gpt.py                         one of the four public submissions
     LOAD_ARTIFACT=logs/x.int6.ptz python train_gpt.py         evaluation alone
     python train_gpt.py --help                                every variable and recipe
@@ -573,7 +572,6 @@ def check_packages(cfg: Config) -> None:
 
 def check_config(cfg: Config) -> None:
     """RunError, in one line, for all settings that contradict each other."""
-    check_packages(cfg)
     found = []
     for contradictions in (model_contradictions, run_contradictions, mixing_contradictions):
         for name, rule in contradictions(cfg):
@@ -3175,7 +3173,7 @@ STEP_MARGIN = 1.1  # and by how much longer
 SWA_BELOW = 0.5  # SWA samples are taken once the lr scale is below (#806)
 TORCHRUN_KILLS = (
     "; torchrun kills its ranks 30 s after the signal, before the score is there, unless it was "
-    "started with --shutdown-timeout=600"
+    "started with --shutdown-timeout=600 (torch 2.12 and later)"
 )
 CLOCK_SECONDS = 1.0  # between two notes of the training time beside the checkpoint
 # Settings of training that change no step: a checkpoint fits whatever they are.
@@ -6963,6 +6961,7 @@ def run_all(cfg: Config, notes: list[str], run: Run) -> int:
     """The whole run, as a table of contents; the exit status."""
     for line in (what_it_does(cfg), *notes):
         run.log(line)
+    check_packages(cfg)
     cfg = try_compiler(cfg, run)
     run.log(how_it_computes(cfg, run))
     run.stage = "data"

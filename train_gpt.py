@@ -303,8 +303,7 @@ class EvaluationSettings:
     eval_stride: int = setting(64, "targets a window scores", POSITIVE)
     eval_batch_windows: int = setting(128, "windows of a batch", (1, 2**16))
     max_eval_seconds: float = setting(600.0, "budget of the evaluation", WHOLE_SECONDS)
-    save_pass: bool = setting(False, "1: keep the neural pass, for RESUME_EVAL and bench/mixers.py")
-    resume_eval: bool = setting(False, "1: take the neural pass that was kept; if none, keep one")
+    save_pass: bool = setting(False, "1: keep the neural pass, for bench/mixers.py")
     scoring: str = setting("calibrated", "headline", ["neural", "backoff", "calibrated"])
     audit: str = setting("1", "check the score; strict: exit 3 if one fails", ["0", "1", "strict"])
     sample: str = setting("", "with LOAD_ARTIFACT: continue this text, score nothing")
@@ -536,8 +535,6 @@ def run_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "mtp_num_heads", f"below TRAIN_SEQ_LEN {cfg.train_seq_len}"
     if cfg.sample and not cfg.load_artifact:
         yield "sample", "empty without LOAD_ARTIFACT"
-    if cfg.resume_eval and cfg.audit == "strict":
-        yield "resume_eval", "0 with AUDIT=strict, which proves only a neural pass of its own"
 
 
 def mixing_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
@@ -4573,12 +4570,6 @@ class Grid:
         """Which row of its batch a window is."""
         return max(0, number - 1) % self.batch_windows
 
-    def times(self) -> Tensor:
-        """How many windows score each target, (num_targets,) int64."""
-        _, first, end = self.spans_of(torch.arange(self.count)).unbind(1)
-        begun, ended = (x.bincount(minlength=self.num_targets + 1) for x in (first, end))
-        return (begun - ended).cumsum(0)[:-1]
-
     def sheets(self, numbers: Collection[int]) -> list[Tensor]:
         """Any windows as few batches of the grid's shapes, window numbers (1,) or (batch_windows,)
         int64 each: every window is in its own row, whose results do not depend on the others."""
@@ -5698,9 +5689,8 @@ class Evaluation:
     NeuralColumns of all targets. rows: {scoring: results}. logp: {scoring: (N,) float64}. mixers:
     {target: the calibrated tables as they were when it was scored}. matched: {scoring: facts on
     the orders that matched, for the picture}. times: (N,) integers, how often the pass wrote each
-    target, or, if it is from a file, how often its windows would. earlier_seconds: of a pass from a
-    file, else 0. network: network_digest of the artifact, from which the places are drawn. blob:
-    the artifact itself, if there is one.
+    target. network: network_digest of the artifact, from which the places are drawn. blob: the
+    artifact itself, if there is one.
     """
 
     def __init__(
@@ -5729,20 +5719,12 @@ class Evaluation:
         self.mixers: dict[int, CalibratedMixer] = {}
         self.matched: dict[str, dict] = {}
         self.times: Tensor | None = None
-        self.pass_seconds, self.earlier_seconds = 0.0, 0.0
+        self.pass_seconds = 0.0
         self.places = places
 
     def neural_pass(self) -> None:
-        """Count, to name the hints, and run the network, or take its columns from a file; then draw
-        the places."""
-        resumes = self.cfg.resume_eval and self.network
-        if not (resumes and self.run.on_main(lambda: load_neural_pass(self))):
-            self.make_neural_pass()
-        if self.run.is_main and self.places is None:
-            self.places = draw_places(self)
-
-    def make_neural_pass(self) -> None:
-        """The neural pass over this rank's windows, gathered on rank 0."""
+        """Count, to name the hints, run the network over this rank's windows, gather its columns on
+        rank 0; then draw the places."""
         cfg, run, spans = self.cfg, self.run, self.neural.grid.spans
         started = run.sync()
         hints = None
@@ -5754,6 +5736,8 @@ class Evaluation:
         if run.is_main:
             self.columns = NeuralColumns(*columns)
             self.pass_seconds = run.sync() - started
+            if self.places is None:
+                self.places = draw_places(self)
 
     def mix_inputs(self, end: int) -> MixInputs:
         """What the calibrated mixer reads for the targets before `end`, on rank 0's device."""
@@ -5904,13 +5888,13 @@ def neural_pass_base(evaluation: Evaluation) -> str:
 
 
 def save_neural_pass(evaluation: Evaluation) -> None:
-    """Keep a pass, on rank 0, if that is wanted and it does not come from a file.
+    """Keep a pass, on rank 0, if that is wanted.
 
     The file holds columns (N,4) float64, NeuralColumns; tokens (N+1,) uint16 and byte_counts (N,)
     int16, for bench/mixers.py; seconds (), the time that the pass took.
     """
     cfg, data = evaluation.cfg, evaluation.data
-    if not (cfg.save_pass or cfg.resume_eval) or evaluation.earlier_seconds:
+    if not cfg.save_pass:
         return
     content = {
         "columns": torch.stack(evaluation.columns, 1),
@@ -5919,26 +5903,6 @@ def save_neural_pass(evaluation: Evaluation) -> None:
         "seconds": torch.tensor(evaluation.pass_seconds),
     }
     evaluation.run.save(".safetensors", content, neural_pass_base(evaluation))
-
-
-def load_neural_pass(evaluation: Evaluation) -> bool:
-    """Take a saved pass if there is one; the time that it took counts as this evaluation's."""
-    path = Path(f"{neural_pass_base(evaluation)}.safetensors")
-    if not path.exists():
-        evaluation.run.log(f"neural pass: no {path}, so it is made now")
-        return False
-    saved, grid = read_tensors(path), evaluation.neural.grid
-    shape = (grid.num_targets, len(NeuralColumns._fields))
-    found = saved.get("columns", torch.empty(0))
-    told = saved.get("seconds", torch.tensor(0.0))
-    seconds = float(told) if told.numel() == 1 and told.is_floating_point() else 0.0
-    if not 0 < seconds < math.inf or (found.shape, found.dtype) != (shape, torch.float64):
-        raise RunError(f"{path}: not the neural pass that its name says; delete it")
-    evaluation.columns = NeuralColumns(*(c.contiguous() for c in saved["columns"].unbind(1)))
-    evaluation.times = grid.times()
-    evaluation.earlier_seconds = seconds
-    evaluation.run.log(f"neural pass: {path}, made in {evaluation.earlier_seconds:.1f} s")
-    return True
 
 
 # ==================================================================================================
@@ -5950,8 +5914,7 @@ def load_neural_pass(evaluation: Evaluation) -> bool:
 # another way than the score: a changed stream, counts by scans, a coder that goes token by token;
 # the network's distributions alone have one source, NeuralPass.logits, which each check asks anew.
 # Rank 0 makes them all by itself, after the clock of the evaluation has stopped. Places are drawn
-# from the network and its scores, those for a neural pass from a file by the operating system.
-# `share` is the share of the targets that a check has looked at.
+# from the network and its scores. `share` is the share of the targets that a check has looked at.
 
 RESCORED_WINDOWS = 256  # in which the network's columns are computed again
 AUDIT_TEXT_TOKENS = 2_000_000  # whose bytes are counted in their text
@@ -6006,12 +5969,9 @@ def audit_causal(evaluation: Evaluation) -> dict:
 
 
 def draw_windows(evaluation: Evaluation) -> list[int]:
-    """The first window and, at random, RESCORED_WINDOWS others or all; for a neural pass from a
-    file, whose maker may know the artifact, by the operating system's random numbers."""
+    """The first window and, at random, RESCORED_WINDOWS others or all."""
     grid = evaluation.neural.grid
     random = drawn_by(evaluation, "windows")
-    if evaluation.earlier_seconds:
-        random = np.random.RandomState(list(os.urandom(32)))
     sheets, batches = -(-RESCORED_WINDOWS // grid.batch_windows), grid.count_batches - 1
     if sheets >= batches:
         return list(range(grid.count))
@@ -6930,7 +6890,7 @@ def evaluate_artifact(blob: bytes, data: Data, cfg: Config, run: Run) -> int:
     run.record["network_sha256"] = network
     evaluation = Evaluation(model, data, cfg, run, network, blob=blob)
     evaluation.neural_pass()
-    evaluation.score(evaluation.headline, started - evaluation.earlier_seconds)  # the clock ends
+    evaluation.score(evaluation.headline, started)  # the clock ends
     run.on_main(lambda: report_headline(evaluation))
     run.on_main(lambda: save_neural_pass(evaluation))
     for scoring in evaluation.scorings[1:]:

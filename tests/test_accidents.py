@@ -396,7 +396,7 @@ def test_a_record_beside_an_artifact_leads_nowhere(job, made, tmp_path):
     (evil / "x.int6.ptz").write_bytes(next(made.logs.glob("*.ptz")).read_bytes())
     paths = ("prepared_path", "logs_path", "load_weights", "load_artifact", "sample", "author")
     config = made.record["config"] | {name: f"{evil}/cache" for name in paths}
-    config |= dict(run_id="evil", save_pass=True, resume_eval=True, compile="1", debug=True)
+    config |= dict(run_id="evil", save_pass=True, compile="1", debug=True)
     (evil / "x.json").write_text(json.dumps(made.record | {"config": config}))
     artifact = dict(LOAD_ARTIFACT=str(evil / "x.int6.ptz"))
     plain = dict(EVAL_STRIDE="32", TEXT_FILES=config["text_files"])
@@ -668,31 +668,6 @@ def test_prepared_text_that_was_not_finished_is_made_again(tmp_path, content):
     (tmp_path / "corpus.json").write_text(content)
     assert not golf.is_prepared(tmp_path)
     assert not golf.is_prepared(tmp_path / "nowhere")
-
-
-COLUMNS = torch.zeros(64, len(golf.NeuralColumns._fields), dtype=torch.float64)
-SECONDS = torch.tensor(3.0)
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        dict(columns=COLUMNS.float(), seconds=SECONDS),
-        dict(columns=COLUMNS[:-1].clone(), seconds=SECONDS),
-        dict(columns=COLUMNS, seconds=SECONDS * torch.nan),
-        dict(columns=COLUMNS, seconds=-SECONDS),
-        dict(columns=COLUMNS),
-        dict(seconds=SECONDS),
-        {},
-    ],
-    ids=["float32", "short", "no time", "before", "untimed", "empty", "nothing"],
-)
-def test_a_saved_pass_that_is_none_is_refused(tmp_path, monkeypatch, tensors):
-    monkeypatch.setattr(golf, "neural_pass_base", lambda _: str(tmp_path / "pass"))
-    golf.write_atomic(tmp_path / "pass.safetensors", tensors)
-    grid = types.SimpleNamespace(num_targets=64)
-    evaluation = types.SimpleNamespace(neural=types.SimpleNamespace(grid=grid))
-    assert "not the neural pass" in refusal(golf.load_neural_pass, evaluation)
 
 
 def test_a_folders_own_output_is_no_input(tmp_path, monkeypatch):

@@ -65,7 +65,6 @@ REFUSALS = {
     "gaps": (summary, "read_run", "a run's record without"),
     "one network": (summary, "check_networks", "the same network as"),
     "training": (summary, "check_trained", "not trained under a cap"),
-    "saved pass": (golf, "load_neural_pass", "not the neural pass that its name says"),
 }
 VERDICTS = {
     *("NOT A DISTRIBUTION", "AUDIT FAILED", "NOT AUDITED", "OVER BUDGET", "NOT HELD OUT"),
@@ -434,7 +433,6 @@ HONEST = {
     "neural": lambda world: world.scored(),
     "backoff": lambda world: world.scored("backoff", ngram_table="exact"),
     "calibrated": lambda world: world.scored("calibrated"),
-    "saved pass": lambda world: saved_pass(world, 0.25),
     "artifact": lambda world: world.blob,
     "shards": lambda world: world.shards(),
     "texts": lambda world: world.texts(world.pages()),
@@ -1173,28 +1171,6 @@ def the_evaluation_is_too_slow(world):
     evaluation = world.honest()
     evaluation.rows["neural"]["seconds"] = evaluation.cfg.max_eval_seconds + 0.0004
     return evaluation
-
-
-def saved_pass(world: World, seconds: float) -> Callable[[], golf.Evaluation]:
-    """What makes an evaluation by a saved pass that is said to have taken so long."""
-    own = dict(resume_eval=True, logs_path=str(world.folder))
-    maker = world.network(**own)
-    maker.neural_pass()
-    maker.pass_seconds = seconds
-    golf.save_neural_pass(maker)
-
-    def make():
-        evaluation = world.scored(**own)
-        assert evaluation.pass_seconds == 0 and evaluation.earlier_seconds == seconds
-        return evaluation
-
-    return make
-
-
-@lie("clock", "saved pass")
-def a_saved_pass_took_no_time(world):
-    """So that it is not counted."""
-    return saved_pass(world, 0.0)
 
 
 def told(**values) -> Callable[[World], dict]:

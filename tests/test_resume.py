@@ -153,7 +153,7 @@ def test_killed_at_any_moment_a_run_goes_on_or_says_what_is_missing(job, tmp_pat
             if found:
                 saved[suffix] = found[-1]
         if "int6.ptz" in saved:
-            go_on = dict(LOAD_ARTIFACT=str(saved["int6.ptz"]), RESUME_EVAL="1")
+            go_on = dict(LOAD_ARTIFACT=str(saved["int6.ptz"]))
         elif "safetensors" in saved:
             go_on = dict(LOAD_WEIGHTS=str(saved["safetensors"]))
         else:

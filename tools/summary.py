@@ -36,7 +36,7 @@ MAY_DIFFER = {
     *("seed", "run_id", "author", "github_id"),  # whose run it is
     # Where its files are: `corpus` says by hashes and sizes what was in them.
     *("logs_path", "data_path", "tokenizer_path", "text_files", "prepared_path"),
-    *("load_weights", "load_artifact", "resume", "resume_eval"),  # the stage it went on from
+    *("load_weights", "load_artifact", "resume"),  # the stage it went on from
     # What it says and saves on the way, and how it ends; the table shows each run's audit.
     *("train_log_every", "val_loss_every", "checkpoint_seconds", "dist_timeout_seconds"),
     *("debug", "audit", "picture", "ranks"),  # world_size is of MACHINE

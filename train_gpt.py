@@ -2393,7 +2393,7 @@ def prepare_text(cfg: Config, run: Run) -> Path:
 # The submissions' common trunk. With x0 the embedding (tokens, hashed bigrams, smeared) and s(l) =
 # 1/sqrt(l + 1), block l = 0 ... L-1 is
 #
-#     x <- x + skip_weights[s] * (output of the visit mirrored at the middle)            U-Net skips
+#     x <- x + skip weights[s] * (output of the visit mirrored at the middle)            U-Net skips
 #     x <- resid_mix[l,0] * x + resid_mix[l,1] * x0
 #     x <- x + attn_scale[l] * W_out attention(s(l) norm(x))
 #     x <- x + mlp_scale[l] * W_down leaky_relu(W_up s(l) norm(x))^2
@@ -2590,36 +2590,52 @@ class Visit(NamedTuple):
 
     layer: int  # whose weights
     waits: bool  # its output waits for a later visit's skip
-    skip: int | None  # row of skip_weights with which the latest output that waits comes in
+    skip: int | None  # row of the skips' weights with which the latest output that waits comes in
     lanes: bool  # on two lanes
 
 
 def block_visits(cfg: Config, looping: bool) -> list[Visit]:
     """The trunk's walk over its blocks, loop_first to loop_last loop_passes times in a row while
-    looping. Outputs of its first half come in as skips in the second, the latest first."""
+    looping. Outputs of its first half come in as skips in the second, the latest first.
+
+    With a loop, a skip's row is the number of the visit that it comes from: so each connection
+    keeps its row when the loop is switched on and moves the middle, and the rows after are new.
+    Without one it is the number of the visit where it arrives, from the middle on, as in the
+    submissions.
+    """
     layers = list(range(cfg.num_layers))
     if looping and cfg.loop_passes > 1:
         loop = slice(cfg.loop_first, cfg.loop_last + 1)
         layers[loop] = cfg.loop_passes * layers[loop]
     half, visits = len(layers) // 2, []
     for place, layer in enumerate(layers):
-        row = place - half if half <= place < 2 * half else None
+        row = None
+        if half <= place < 2 * half:
+            row = place - half if cfg.loop_passes == 1 else 2 * half - 1 - place
         lanes = place >= half and 0 < cfg.lanes_from <= layer
         visits.append(Visit(layer, place < half, row, lanes))
     return visits
+
+
+def skips_name(cfg: Config) -> str:
+    """The skips' parameter: its name tells how rows are numbered, so that weights and artifacts of
+    looped networks that numbered them otherwise, before revision 5a55eb5, do not fit."""
+    return "skip_weights" if cfg.loop_passes == 1 else "skips_by_source"
 
 
 class GPT(nn.Module):
     """The network. Parameters are float32; `weights` casts them to compute_dtype.
 
     attention: a function with FlashAttention's signature. grams: while calibrating (section 9),
-    {(name, i): sum of x^T x of the inputs x of matrix i of a bank}, else None.
+    {(name, i): sum of x^T x of the inputs x of matrix i of a bank}, else None. loops: whether
+    `logits` visits blocks repeatedly, as a trained network with a loop does.
     """
 
     def __init__(self, cfg: Config, attention: Callable | None, compute_dtype=torch.float32):
         super().__init__()
         self.cfg, self.attention, self.compute_dtype = cfg, attention, compute_dtype
         self.grams: dict[tuple[str, int], Tensor] | None = None
+        self.loops = True
         L, C, V = cfg.num_layers, cfg.model_dim, cfg.vocab_size
         kv_dim, hidden = C // cfg.num_heads * cfg.num_kv_heads, round(cfg.mlp_mult * C)
         self.ln_scales = [(i + 1) ** -0.5 if cfg.ln_scale else 1.0 for i in range(L)]
@@ -2643,7 +2659,7 @@ class GPT(nn.Module):
         else:
             self.smear_gate = filled(C)
         visits = len(block_visits(cfg, looping=True))
-        self.skip_weights = filled(visits // 2, C, value=1.0)
+        setattr(self, skips_name(cfg), filled(visits // 2, C, value=1.0))
         self.attn_scale = filled(L, C, value=1.0)
         self.mlp_scale = filled(L, C, value=1.0)
         self.resid_mix = filled(L, 2, C)
@@ -2675,6 +2691,13 @@ class GPT(nn.Module):
                     p[i] = nn.init.orthogonal_(torch.empty(p[i].shape), gain, generator=generator)
         self.resid_mix[:, 0] = 1.0
         return self
+
+    @torch.no_grad()
+    def hold_new_skips(self) -> None:
+        """Before the loop is on: undo what decay does to the skips that only it has. They have no
+        gradient yet, and are to start fresh."""
+        used = len(block_visits(self.cfg, looping=False)) // 2
+        getattr(self, skips_name(self.cfg))[used:] = 1.0
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters by name, as the forward pass uses them: in compute_dtype."""
@@ -2730,7 +2753,7 @@ class GPT(nn.Module):
             if visit.lanes and len(lanes) == 1:
                 lanes = [*lanes, *lanes]
             if visit.skip is not None:
-                skip = w["skip_weights"][visit.skip]
+                skip = w[skips_name(cfg)][visit.skip]
                 lanes[0] = torch.addcmul(lanes[0], skip, waiting.pop())
             mixed = torch.addcmul(w["resid_mix"][layer, 0] * lanes[0], w["resid_mix"][layer, 1], x0)
             attended, values = self.attend(
@@ -2815,7 +2838,7 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """Logits (B,last,V) float32 of the last positions (default: all) of tokens (B,T) int64."""
         w = self.weights()
-        return self.softcapped(self.trunk(w, tokens, last or tokens.size(1)), w)
+        return self.softcapped(self.trunk(w, tokens, last or tokens.size(1), self.loops), w)
 
     def cross_entropy(
         self, x: Tensor, w: dict[str, Tensor], targets: Tensor, head: str = "tok_emb", i: int = 0
@@ -3359,7 +3382,9 @@ class Trainer:
         self.run.log(f"training ended before LOOP_FROM={cfg.loop_from}: a network of LOOP_PASSES=1")
         self.cfg = self.model.cfg = cfg
         rows = len(block_visits(cfg, looping=True)) // 2
-        self.model.skip_weights = nn.Parameter(self.model.skip_weights.detach()[:rows].clone())
+        by_source = self.model.skips_by_source.detach()[:rows]
+        del self.model.skips_by_source
+        self.model.skip_weights = nn.Parameter(by_source.flip(0).contiguous())
 
     def gradients(self, looping: bool) -> Tensor:
         """Accumulate this rank's gradient of the next batch; its mean loss () in nats per token."""
@@ -3518,6 +3543,8 @@ class Trainer:
         graphs = compiled_graphs()
         loss = self.gradients(self.looping(now))
         self.optimizer.step(self.lr_scale(now), self.momentum(now))
+        if not self.looping(now):
+            self.model.hold_new_skips()
         self.average.update(before, now, self.lr_scale(now))
         self.steps += 1
         self.recompiles += compiled_graphs() - graphs
@@ -3582,10 +3609,10 @@ class Trainer:
 
     def validate(self) -> None:
         """Validation loss of the present weights on windows that do not overlap."""
-        self.model.cfg = self.trained_config()
+        self.model.loops = self.looping(self.last_progress)
         score = neural_score(self.model, self.data, self.model.cfg, self.run)
         self.log_step("validation", self.steps, **score)
-        self.model.cfg = self.cfg
+        self.model.loops = True
 
     def log_step(self, kind: str, number: int, **values) -> None:
         """A line that begins with step:number/most."""

@@ -195,7 +195,9 @@ class PlainGPT(nn.Module):
             if cfg.lanes_from and place >= half and i >= cfg.lanes_from and len(lanes) == 1:
                 lanes = [lanes[0], lanes[0]]
             if place >= half and skips:
-                scale = self.skip_weights[place - half].to(self.dtype)[None, None, :]
+                row = place - half if cfg.loop_passes == 1 else 2 * half - 1 - place
+                skip_weights = getattr(self, golf.skips_name(cfg))
+                scale = skip_weights[row].to(self.dtype)[None, None, :]
                 lanes[0] = lanes[0] + scale * skips.pop()
             own = None
             if i in cfg.ve_layers:

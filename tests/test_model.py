@@ -77,10 +77,11 @@ def test_the_network_is_what_a_plain_one_computes(tiny_model, options):
 
 
 def test_a_loop_that_is_off_is_the_network_without_one(tiny_model):
-    """loop_from: until then blocks are visited once, with the first rows of the skips."""
+    """loop_from: until then blocks are visited once, with the skips of the first visits."""
     cfg, looped = tiny_model(loop_passes=3)
     _, once = tiny_model()
-    weights = {n: p[:5] if n.startswith("skip") else p for n, p in looped.state_dict().items()}
+    weights = looped.state_dict()
+    weights["skip_weights"] = weights.pop("skips_by_source")[:5].flip(0)
     once.load_state_dict(weights)
     tokens = batch(cfg)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -90,6 +91,44 @@ def test_a_loop_that_is_off_is_the_network_without_one(tiny_model):
     assert walk == [0, 1, 2, *3 * [3, 4, 5], 6, 7, 8, 9, 10]
     with torch.no_grad():
         assert torch.equal(looped.logits(tokens), looped.logits(tokens, 24))
+
+
+def connections(cfg, looping: bool) -> dict[int, tuple[int, int]]:
+    """{row: (layer whose output is kept, layer where it comes in)} of the trunk's skips."""
+    found, waiting = {}, []
+    for visit in golf.block_visits(cfg, looping):
+        if visit.skip is not None:
+            found[visit.skip] = waiting.pop(), visit.layer
+        if visit.waits:
+            waiting.append(visit.layer)
+    return found
+
+
+def test_skips_keep_their_rows_when_the_loop_comes_on():
+    cfg = golf.replace(golf.Config(), num_layers=11, loop_first=3, loop_last=5, loop_passes=3)
+    off, on = (connections(cfg, looping) for looping in (False, True))
+    assert off == {0: (0, 9), 1: (1, 8), 2: (2, 7), 3: (3, 6), 4: (4, 5)}
+    assert on == off | {5: (5, 4), 6: (3, 3), 7: (4, 5)}
+    plain = connections(golf.replace(cfg, loop_passes=1), True)
+    assert plain == {4 - row: pair for row, pair in off.items()}  # as the submissions number them
+
+
+def test_new_skips_are_fresh_when_the_loop_comes_on(data):
+    """Decay, which needs no gradient, leaves them alone until then; so does the average."""
+    cfg, run, corpus = data
+    own = golf.replace(cfg, loop_passes=3, loop_first=1, loop_last=2, loop_from=0.5, adam_wd=5.0)
+    own = golf.replace(own, iterations=8, max_wallclock_seconds=0.0, warmup_steps=0)
+    trainer = golf.Trainer(golf.build_model(own, run), corpus, own, run)
+    trainer.average = golf.WeightAverage(trainer.model, own)
+    trainer.optimizer = golf.Optimizer(trainer.model, own, run)
+    used = len(golf.block_visits(own, looping=False)) // 2
+    skips = trainer.model.skips_by_source
+    assert used < len(skips)
+    for _ in range(4):
+        trainer.take_step()
+        assert (skips[used:] == 1).all() and not (skips[:used] == 1).any()
+    trainer.take_step()  # the loop is on
+    assert not (skips[used:] == 1).any()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -242,8 +242,8 @@ def test_a_rank_that_does_not_start_is_told(program, happens):
 def test_a_second_ctrl_c_ends_a_run_that_waits_for_a_rank(program):
     """The first rank waits in a collective, where no handler of Python's is called."""
     process = program(HANGING_RANK, TRAIN_LOG_EVERY="1")
-    wait_for(process, "step:2/")
-    time.sleep(1.0)
+    wait_for(process, "step:1/")  # the second is told in the third
+    time.sleep(2.0)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)

@@ -91,7 +91,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(job, whole, tmp_path, proce
     assert not (tmp_path / f"{NAME}.safetensors").exists()
     done = resumed(job, tmp_path, again)
     steps = int(re.search(r"^resumed .*checkpoint: (\d+) steps", done.stdout, re.M)[1])
-    assert 6 <= steps <= 8
+    assert 5 <= steps <= 8
     assert f"step:{steps}/12 train_loss" not in done.stdout
     assert f"step:{steps + 1}/12" in done.stdout or steps == 11
     if processes == 1 and again == 1:

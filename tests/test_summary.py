@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import train_gpt as golf
+from tools.pack import packed
 from tools.summary import t_test
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,6 +236,19 @@ def test_a_records_folder_runs_from_there(runs, tmp_path):
     )
     assert started.returncode == 0 and "RECIPE=pr1094" in started.stdout
     assert "exists" in summary(*runs, "--record", folder).stderr
+
+
+def test_runs_of_the_packed_program_have_both_programs_in_their_record(runs, tmp_path):
+    program = packed((ROOT / "train_gpt.py").read_bytes())
+    for path in runs:
+        record = json.loads(path.read_text())
+        record["facts"]["code_sha256"] = hashlib.sha256(program).hexdigest()
+        path.write_text(json.dumps(record))
+    done = summary(*runs, "--record", tmp_path / "x")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x" / "train_gpt.py").read_bytes() == program
+    readable = (tmp_path / "x" / "train_gpt_readable.py").read_bytes()
+    assert readable == (ROOT / "train_gpt.py").read_bytes()
 
 
 def test_a_record_says_how_it_compares(runs, tmp_path):

@@ -77,7 +77,9 @@ class SummaryError(Exception):
 
 
 def needed_module(name: str):
-    """The module; SummaryError if it, or what it imports, is not installed."""
+    """The module, ours or a package's; SummaryError if it, or what it imports, is not installed."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -381,9 +383,11 @@ def compare(rows: list[dict], text: str, nats: float) -> tuple[str, dict]:
     )
 
 
-def code_hash() -> str:
-    """SHA-256 of the train_gpt.py beside which this program is."""
-    return hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+def known_programs() -> dict[str, bytes]:
+    """{SHA-256: the program}: the train_gpt.py beside which this one is, and the same packed."""
+    readable = (ROOT / "train_gpt.py").read_bytes()
+    programs = (readable, needed_module("tools.pack").packed(readable))
+    return {hashlib.sha256(program).hexdigest(): program for program in programs}
 
 
 def variables(run: dict) -> dict[str, str]:
@@ -394,12 +398,10 @@ def variables(run: dict) -> dict[str, str]:
     others), until nothing is missing. Of another train_gpt.py the defaults are not known: every
     setting then. Empty text is a value: a variable that is set to nothing.
     """
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     golf = needed_module("train_gpt")
     wanted = {k.upper(): v for k, v in run["config"].items() if k not in NOT_IN_COMMAND}
     everything = {name: golf.text_of(value) for name, value in wanted.items()}
-    if run["facts"]["code_sha256"] != code_hash():
+    if run["facts"]["code_sha256"] not in known_programs():
         return everything
     names, missing = set(), {"RECIPE", "SCALE", "SEED"}
     while missing:
@@ -420,8 +422,7 @@ def commands(runs: list[dict], settings: list[dict[str, str]]) -> list[str]:
     size, launcher = (runs[0]["facts"].get(key) for key in ("world_size", "launcher"))
     program = "python train_gpt.py"
     if size > 1 and launcher != "itself":
-        program = f"torchrun --standalone --nproc_per_node={size} --shutdown-timeout=600"
-        program += " train_gpt.py"
+        program = f"torchrun --standalone --nproc_per_node={size} train_gpt.py"
 
     def line(own):
         ranks = {"RANKS": str(size)} if launcher == "itself" else {}
@@ -486,9 +487,9 @@ def make_record(folder: Path, runs: list[dict], text: str, result: dict) -> None
     """README (its text), submission.json, logs of each seed, and the code that made them."""
     if folder.exists():
         raise SummaryError(f"{folder} exists; give a new folder")
-    code = code_hash()
+    programs = known_programs()
     for run in runs:
-        if run["facts"]["code_sha256"] != code:
+        if run["facts"]["code_sha256"] not in programs:
             raise SummaryError(
                 f"{run['path']}: made by another train_gpt.py than {ROOT}'s; check "
                 f"out revision {run['facts']['revision']}"
@@ -500,6 +501,10 @@ def make_record(folder: Path, runs: list[dict], text: str, result: dict) -> None
     try:
         for name in SHIPPED:
             shutil.copy(ROOT / name, made / name)
+        program = programs[runs[0]["facts"]["code_sha256"]]
+        if program != (made / "train_gpt.py").read_bytes():  # the packed one made the runs
+            os.replace(made / "train_gpt.py", made / "train_gpt_readable.py")
+            (made / "train_gpt.py").write_bytes(program)
         for run in runs:
             seed = run["final"][-1]["seed"]
             shutil.copy(run["path"].with_suffix(".txt"), made / f"train_seed{seed}.log")

@@ -1,12 +1,12 @@
 """The audit passes what is true and catches planted faults, each by the check made for it."""
 
 import math
-import random
 import re
 import statistics
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -96,8 +96,8 @@ def test_a_hashed_headline_fails_by_its_mass_alone(data, artifact, monkeypatch):
 def test_a_network_that_peeks_is_not_causal(data, artifact, monkeypatch):
     trunk = golf.GPT.trunk
 
-    def peeking(self, w, tokens, last):
-        return trunk(self, w, torch.cat([tokens[:, 1:], tokens[:, -1:]], 1), last)
+    def peeking(self, w, tokens, last, looping):
+        return trunk(self, w, torch.cat([tokens[:, 1:], tokens[:, -1:]], 1), last, looping)
 
     monkeypatch.setattr(golf.GPT, "trunk", peeking)
     assert {"causal", "decodable"} <= failed(evaluated(data, artifact, **SMALL), monkeypatch)
@@ -153,19 +153,22 @@ def test_one_doctored_score_among_the_rescored_is_found(data, artifact, monkeypa
 
 
 def test_the_stated_probability_of_finding_an_altered_window(data, artifact, monkeypatch):
-    """Windows drawn for a pass from a file differ each time and hit one altered window as often as
-    stated; of a pass made here they follow from the artifact."""
+    """Windows follow from network and scores; those of other networks hit one altered window as
+    often as stated."""
     monkeypatch.setattr(golf, "RESCORED_WINDOWS", 8)
-    monkeypatch.setattr(golf.os, "urandom", random.Random(1337).randbytes)
     evaluation = evaluated(data, artifact, **SMALL)
     assert golf.draw_windows(evaluation) == golf.draw_windows(evaluation)
-    evaluation.earlier_seconds = 1.0
-    drawn = [golf.draw_windows(evaluation) for _ in range(400)]
+
+    def of_network(number: int, look: Callable):
+        evaluation.network = f"network {number}"
+        return look(evaluation)
+
+    drawn = [of_network(number, golf.draw_windows) for number in range(400)]
     assert len({tuple(windows) for windows in drawn}) > 300
     assert all(0 in windows and len(set(windows)) == len(windows) for windows in drawn)
     hits = sum(17 in windows for windows in drawn) / len(drawn)
     # Rows beyond the stream's end are drawn, too, and dropped: fewer windows then.
-    facts = [golf.rescore(evaluation) for _ in range(20)]
+    facts = [of_network(number, golf.rescore) for number in range(20)]
     for stated in ("finds_one_percent", "finds_one_score"):
         assert abs(statistics.fmean(row[stated] for row in facts) - hits) < 0.04
 

@@ -3536,7 +3536,8 @@ class Trainer:
         """One step at the progress that the clock tells; ranks have agreed on that clock.
 
         An accelerator is given a step's work before the host waits for the step before, so that it
-        has always something to do. The first step's time has to be known before the second.
+        has always something to do. A CPU's step is over when it was given. The first step's time
+        has to be known before the second.
         """
         before, now = self.last_progress, self.progress()
         self.last_progress = now
@@ -3553,7 +3554,7 @@ class Trainer:
         self.settle()
         self.unsettled = taken
         validates = self.passed(before, now, self.cfg.val_loss_every)
-        if validates or not self.recent:
+        if validates or not self.recent or taken.loss.event is None:
             self.settle()
         if validates:
             with self.clock_stopped():

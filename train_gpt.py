@@ -2618,8 +2618,8 @@ def block_visits(cfg: Config, looping: bool) -> list[Visit]:
 
 
 def skips_name(cfg: Config) -> str:
-    """The skips' parameter: its name tells how rows are numbered, so that weights and artifacts of
-    looped networks that numbered them otherwise, before revision 5a55eb5, do not fit."""
+    """The skips' parameter. Its name tells how rows are numbered (block_visits): weights and
+    artifacts of looped networks that numbered them by where a skip arrives do not fit."""
     return "skip_weights" if cfg.loop_passes == 1 else "skips_by_source"
 
 

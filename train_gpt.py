@@ -1536,7 +1536,8 @@ def dead_ranks(run: Run, error: Exception) -> tuple[str, bool] | None:
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"failed/{run.rank}", "1")
-        time.sleep(ROLL_CALL_SECONDS)
+        with contextlib.suppress(KeyboardInterrupt):  # torchrun's signal, once it has seen it too
+            time.sleep(ROLL_CALL_SECONDS)
         alive |= {r for r in range(run.world_size) if store.check([f"failed/{r}"])}
     except RuntimeError:  # the store is gone with the first rank's launcher
         alive |= set(range(1, run.world_size))

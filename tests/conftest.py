@@ -24,8 +24,9 @@ AT_IMPORT = {"OMP_NUM_THREADS", "PYTHONPATH"}  # variables that only a fresh Pyt
 GRAPHS = Path(tempfile.gettempdir(), "train_gpt_tests", golf.kept_graphs().name)
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(GRAPHS)}
 os.environ |= COMPILED
-# A shell's background jobs ignore Ctrl-C, and so would all runs that tests interrupt.
+# Under `nohup`, or in a shell's background, all runs would ignore the signals that tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile("golf", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("golf")

@@ -38,7 +38,7 @@ def execute(path: str, cwd: str, env: dict[str, str], out, err) -> None:
     sys.argv = [path]
     sys.orig_argv = [sys.executable, path]
     sys.path[0] = os.path.dirname(path)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     runpy.run_path(path, run_name="__main__")
 
 

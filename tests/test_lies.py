@@ -666,12 +666,13 @@ def the_target_is_counted_in(world):
     return world.scored("calibrated")
 
 
-def with_rule(world: World, **rule) -> golf.Evaluation:
+def with_rule(world: World, settings: dict | None = None, **rule) -> golf.Evaluation:
     """An evaluation by a rule that calls itself exact."""
     world.patch.setattr(
         golf, "backoff_rules", lambda cfg: {"backoff_exact": golf.BackoffRule(**rule)}
     )
-    return world.scored("backoff", ngram_table="exact", ngram_min_count=1)
+    settings = dict(ngram_table="exact", ngram_min_count=1) | (settings or {})
+    return world.scored("backoff", **settings)
 
 
 @lie("count", "NOT A DISTRIBUTION", *NORMALIZED)
@@ -682,12 +683,13 @@ def buckets_are_called_exact(world):
 
 @lie("count", *NORMALIZED)
 def counts_are_newer_than_their_rule_says(world):
-    """Those of the target's own batch are in."""
+    """Those of the target's own batch are in; nearly every target's score is of its frequency."""
     column = golf.rank_column
     world.patch.setattr(
         golf, "rank_column", lambda groups, chunk, *rest: column(groups, None, *rest)
     )
-    return with_rule(world, first=64, granularity=64)
+    every_target = dict(ngram_fallback="unigram", ngram_min_order=5, ngram_max_order=5)
+    return with_rule(world, every_target, first=64, granularity=64)
 
 
 @lie("count", "causal", "single_pass", *NORMALIZED)

@@ -49,6 +49,11 @@ def ranks(launcher):
     return [p for p in found if b"train_gpt.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
+def environment(process):
+    """The variables of a process, NAME=value between zero bytes."""
+    return b"\0" + Path(f"/proc/{process}/environ").read_bytes()
+
+
 def killed_after(job, step, logs, processes=1, **variables):
     """Start a training that saves a checkpoint after every step, and kill it after `step`."""
     process = job(
@@ -307,6 +312,20 @@ def test_a_dead_rank_ends_the_others_with_its_name(workplace, tmp_path):
     ours = [x for x in outs[0][1].splitlines() if x.startswith("error: ")]
     assert ours == ["error: rank 1 of 2 died or does not answer (during training)"], outs[0][1]
     assert "\nfinal " not in outs[0][0] and 'train_gpt.py", line' not in outs[0][1]
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_named_though_torchrun_stops_the_others(job):
+    """The launcher sees the death first: its signal comes while the ranks count who is there."""
+    process = job(2, wait=False, ITERATIONS="1000000", TRAIN_LOG_EVERY="1")
+    wait_for_a_step(process)
+    (dead,) = (p for p in ranks(process) if b"\0RANK=1\0" in environment(p))
+    os.kill(dead, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "\nfinal " not in out
+    ours = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert ours == ["error: rank 1 of 2 died or does not answer (during training)"], err
+    assert 'train_gpt.py", line' not in err
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -4534,13 +4534,14 @@ def code_bytes() -> int:
 # targets: each is scored once, after the first window with at least eval_seq_len - stride tokens of
 # context. Windows come in batches of one shape, on a grid that does not depend on the ranks; ranks
 # take runs of batches. Of each target the pass keeps log p(target), the entropy H of the network's
-# distribution, and for a hint y (section 14) log p(y) and log(1 - p(y)).
+# distribution, and log p(y_i) of each hint y_i (section 14).
 
 # Inductor's: no kernel is chosen by timing it, so that all ranks and runs add in the same order
 DETERMINISTIC = {"deterministic": True}
 LOG_SHARE = 50  # progress lines a pass: about every 2 %
 CHALLENGE_RANKS = 8  # over which VAL_BATCH_SIZE is divided
 LEAST_SUM = 1e-300  # keeps logarithms of float64 sums finite
+HINTS = 2  # tokens that the counts name at a target; a third gains 0.001 bits per byte more
 
 
 class Grid:
@@ -4622,26 +4623,41 @@ class Grid:
 
 
 class NeuralColumns(NamedTuple):
-    """The network at each target, float64 (N,), in nats."""
+    """The network at each target, float64, in nats."""
 
-    logp: Tensor  # of the target
-    entropy: Tensor  # of the distribution
-    hint_logp: Tensor  # log p(y) of the hint y
-    hint_log1m: Tensor  # log(1 - p(y))
+    logp: Tensor  # (N,) of the target
+    entropy: Tensor  # (N,) of the distribution
+    hint_logp: Tensor  # (HINTS,N) of each hint
+
+    @staticmethod
+    def of(rows: Sequence[Tensor]) -> NeuralColumns:
+        """From its rows (N,)."""
+        return NeuralColumns(rows[0], rows[1], torch.stack([*rows[2:]]))
+
+    def rows(self) -> Tensor:
+        """All as (NEURAL_ROWS,N)."""
+        return torch.cat([self.logp[None], self.entropy[None], self.hint_logp])
+
+
+NEURAL_ROWS = 2 + HINTS
 
 
 def score_logits(logits: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
-    """NeuralColumns (...,4) of logits (...,V) float32, targets and hints (...) int64.
+    """NeuralColumns (...,NEURAL_ROWS) of logits (...,V) float32, targets (...) and hints
+    (...,HINTS) int64.
 
-    1 - p(y) is a sum over the other tokens: a rounded p(y) near 1 leaves nothing to normalize with.
+    Hints are added in float64: one float32 near 1 would hide all that 1 - p(y) is made of.
     """
     z = logits - logits.amax(-1, keepdim=True)
-    e, target, hint = z.exp(), targets[..., None], hints[..., None]
-    others = e.scatter(-1, hint, 0.0).sum(-1).double().clamp(min=LEAST_SUM)
-    log_total = (others + e.gather(-1, hint).squeeze(-1).double()).log()
-    logp, hint_logp = (z.gather(-1, i).squeeze(-1).double() - log_total for i in (target, hint))
-    entropy = log_total - (e * z).sum(-1).double() / log_total.exp()
-    return torch.stack([logp, entropy, hint_logp, others.log() - log_total], -1)
+    e = z.exp()
+    energy = (e * z).sum(-1, keepdim=True).double()
+    total = torch.zeros_like(energy)
+    for hint in hints.split(1, -1):
+        total += e.gather(-1, hint)
+        e.scatter_(-1, hint, 0.0)
+    total += e.sum(-1, keepdim=True)
+    logp, hint_logp = (z.gather(-1, i).double() - total.log() for i in (targets[..., None], hints))
+    return torch.cat([logp, total.log() - energy / total, hint_logp], -1)
 
 
 def log_distribution(logits: Tensor) -> Tensor:
@@ -4678,24 +4694,26 @@ class NeuralPass:
         return self.model.logits(inputs, last)  # batch 0 alone: its shape is not compiled
 
     def score(self, inputs: Tensor, targets: Tensor, hints: Tensor) -> Tensor:
-        """NeuralColumns (B,last,4) at positions of Grid.places; hints (B,last) int64."""
+        """NeuralColumns (B,last,NEURAL_ROWS) at positions of Grid.places; hints (B,last,HINTS)
+        int64."""
         logits = self.logits(self.tokens[inputs].long(), targets.size(1))
         return score_logits(logits, self.tokens[targets + 1].long(), hints)
 
     def columns(self, hints: Tensor | None = None, progress: bool = False) -> Tensor:
-        """NeuralColumns (span,4) of this rank's span; hints (span,), none where negative."""
+        """NeuralColumns (span,NEURAL_ROWS) of this rank's span; hints (HINTS,span), none where
+        negative."""
         device, length = self.run.device, self.end - self.start
         if hints is None:
-            hints = torch.zeros(length, device=device)
-        hints = F.pad(hints.long().clamp(min=0), (0, 1))  # slot `length` is discarded
-        out = torch.full((length + 1, 4), math.nan, dtype=torch.float64, device=device)
+            hints = torch.zeros(HINTS, length, device=device)
+        hints = F.pad(hints.clamp(min=0), (0, 1)).mT  # slot `length` is discarded
+        out = torch.full((length + 1, NEURAL_ROWS), math.nan, dtype=torch.float64, device=device)
         times = torch.zeros(length + 1, dtype=torch.uint8, device=device)
         self.started = self.run.sync()
         for batch in self.grid.batches[self.run.rank]:
             numbers = self.grid.numbers(batch).to(device, non_blocking=True)
             inputs, targets, scored = self.grid.places(numbers)
             slot = torch.where(scored, targets - self.start, length)
-            out[slot.flatten()] = self.score(inputs, targets, hints[slot]).flatten(0, 1)
+            out[slot.flatten()] = self.score(inputs, targets, hints[slot].long()).flatten(0, 1)
             times.index_add_(0, slot.flatten(), torch.ones_like(slot.flatten(), dtype=times.dtype))
             if progress and self.run.speaks:
                 self.log_progress(batch, out)
@@ -4787,7 +4805,10 @@ class Counts(NamedTuple):
     distinct: Tensor | None = None  # how many different tokens did; exact counts only, as the rest
     hint: Tensor | None = None  # the token that did last; -1: none
     hint_count: Tensor | None = None  # how often that one did
-    distance: Tensor | None = None  # and how many tokens ago
+    distance: Tensor | None = None  # how many tokens ago the context did
+    streak: Tensor | None = (
+        None  # how many times in a row the hint followed, the last time included
+    )
 
 
 class Groups(NamedTuple):
@@ -4804,6 +4825,7 @@ class Ngrams(NamedTuple):
     grams: Groups  # K positions by the n-gram that ends there
     token: Tensor | None = None  # int16 or int32 (M,), at each context's position; exact only
     member: Tensor | None = None  # int32 (K,), index of a gram's position in contexts; exact only
+    by_token: Tensor | None = None  # int32 (M,), indices in contexts, by token; exact only
 
 
 def blocks(begin: int, column: Tensor) -> Iterator[slice]:
@@ -4865,14 +4887,17 @@ def sort_by_digit(columns: list[Tensor], shift: int) -> list[Tensor]:
 
 
 @threads(1)
-def split(groups: Groups, keys: Tensor, largest: int) -> tuple[Groups, Tensor]:
-    """Divide each group by keys (M,) from 0 to `largest`, without the groups of one that result;
-    and int32, of each member left, its index in `groups`."""
+def split(groups: Groups, keys: Tensor, largest: int) -> tuple[Groups, Tensor, Tensor]:
+    """Divide each group by keys (M,) from 0 to `largest`, without the groups of one that result.
+
+    Also int32, of each member left, its index in `groups`; and int32 (M,), all indices in `groups`
+    by their keys, in rising order for a key.
+    """
     columns = [keys, groups.start, groups.position, numbers(slice(0, len(keys)), keys.device)]
     for shift in range(0, max(1, largest.bit_length()), DIGIT_BITS):
         columns = sort_by_digit(columns, shift)
-    keys, start, position, member = columns
-    is_first = changes(keys, start)
+    keys, start, position, by_key = columns
+    is_first, member = changes(keys, start), by_key.clone()
     del keys, start, columns
     repeats = ~is_first
     repeats[:-1] |= ~is_first[1:]
@@ -4882,7 +4907,7 @@ def split(groups: Groups, keys: Tensor, largest: int) -> tuple[Groups, Tensor]:
         for column in (is_first, position, member):  # what is left moves to the front
             column[size : size + len(kept)] = column[part].index_select(0, kept)
         size += len(kept)
-    return Groups(position[:size], run_starts(is_first[:size])), member[:size]
+    return Groups(position[:size], run_starts(is_first[:size])), member[:size], by_key
 
 
 @threads(1)
@@ -4927,10 +4952,10 @@ def exact_ngrams(tokens: Tensor, max_order: int) -> Iterator[tuple[int, Ngrams]]
     tokens = F.pad(tokens.to(token_type(tokens)), (0, 1), value=end)
     for order in range(1, max_order + 1):
         token = tokens.index_select(0, contexts.position)
-        grams, member = split(contexts, token, end)
-        yield order, Ngrams(contexts, grams, token, member)
+        grams, member, by_token = split(contexts, token, end)
+        yield order, Ngrams(contexts, grams, token, member, by_token)
         contexts = Groups(grams.position.add_(1), grams.start)
-        del token, grams, member  # before the next are made
+        del token, grams, member, by_token  # before the next are made
 
 
 @threads(1)
@@ -4952,10 +4977,10 @@ def hashed_ngrams(
     for order in range(1, max_order + 1):
         keys = next_keys(keys, tokens, primes[(order - 1) % len(primes)], buckets)
         whole = Groups(*(column[order - 1 :] for column in stream))  # with all their tokens
-        hashed, _ = split(whole, keys[order - 1 :], buckets - 1)
+        hashed, *_ = split(whole, keys[order - 1 :], buckets - 1)
         grams = hashed
         if order == 1:
-            grams, _ = split(stream, tokens.int(), int(tokens.max()))
+            grams, *_ = split(stream, tokens.int(), int(tokens.max()))
         yield order, Ngrams(contexts, grams)
         contexts = Groups(hashed.position.add_(1), hashed.start)
         del hashed, grams  # before the next are made
@@ -4987,10 +5012,11 @@ def rank_column(groups: Groups, chunk: Tensor | None, start: int, size: int) -> 
     return column[:size]
 
 
-def member_counts(ngrams: Ngrams) -> Iterator[tuple[Tensor, Counts]]:
-    """(position, Counts) of the contexts' members, a block at a time. Of a context that is new all
-    but the count of 0 is meaningless; the very first member, which has one, is left out."""
-    contexts, grams, token, member = ngrams
+def member_counts(ngrams: Ngrams) -> Iterator[tuple[slice, Counts]]:
+    """(indices in the contexts, their Counts), a block at a time. Of a context that is new all but
+    the count of 0 is meaningless; the very first member, which has one, is left out."""
+    contexts, grams, token, member, _ = ngrams
+    streak_start = run_starts(changes(contexts.start, token))
     pair = torch.zeros_like(contexts.start)
     for part in blocks(0, member):
         pair.scatter_(0, member[part].long(), ranks(grams, part))
@@ -5006,17 +5032,18 @@ def member_counts(ngrams: Ngrams) -> Iterator[tuple[Tensor, Counts]]:
             hint=token[before],
             hint_count=pair[before] + 1,
             distance=position - contexts.position[before],
+            streak=numbers(part, position.device) - streak_start[before],
         )
-        yield position, counts
+        yield part, counts
 
 
 @threads(1)
 def count_columns(ngrams: Ngrams, start: int, size: int) -> Counts:
     """Exact Counts (size,) int32 of the positions from `start` on."""
-    device, fills = ngrams.contexts.start.device, Counts(0, 0, 0, -1, 0, 0)
+    device, fills = ngrams.contexts.start.device, Counts(0, 0, 0, -1, 0, 0, 0)
     columns = [torch.full((size + 1,), x, dtype=torch.int32, device=device) for x in fills]
-    for position, counts in member_counts(ngrams):
-        slot = slots(position, counts.context > 0, start, size)
+    for part, counts in member_counts(ngrams):
+        slot = slots(ngrams.contexts.position[part], counts.context > 0, start, size)
         for column, values in zip(columns, counts, strict=True):
             column.scatter_(0, slot, values.int())
     return Counts(*(column[:size] for column in columns))
@@ -5171,7 +5198,9 @@ def scan_exact(known: Tensor, ends: Tensor, words: Tensor) -> Counts:
     hint = int(followed[-1]) if count else -1
     hint_count = int(pair[hint]) if count else 0
     distance = len(known) - int(ends[-1]) if count else 0
-    facts = (int((pair > 0).sum()), hint, hint_count, distance)
+    others = (followed != hint).nonzero()
+    streak = count - 1 - int(others[-1]) if len(others) else count
+    facts = (int((pair > 0).sum()), hint, hint_count, distance, streak)
     return Counts(torch.full_like(words, count), pair, *(torch.full_like(words, x) for x in facts))
 
 
@@ -5260,25 +5289,30 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
 #
 # Ours: two stages, both distributions, both learned online from scored targets only.
 #
-# Hint. The longest known context names a token y: the one that followed it last. A table holds how
-# often such hints were right, right[b,k] of seen[b,k]: buckets b by what counts say of the hint,
-# knots k at whole logits from -KNOT_MAX to KNOT_MAX of the network's p(y) (an adaptive probability
-# map, as in PAQ). It starts with HINT_PRIOR observations of the network's own opinion sigmoid(k):
-#
-#     logit s[b,k] = logit of (right[b,k] + prior sigmoid(k)) / (seen[b,k] + prior)
-#     logit s = linear interpolation of logit s[b,.] at the network's logit p(y)
-#     p1(y) = s,   p1(x) = (1 - s) p(x) / (1 - p(y)) for x != y
-#
-# and a scored target counts at the two knots around logit p(y), in the shares of the interpolation.
-#
 # Interpolation (Jelinek and Mercer 1980) over contexts of rising length k, first those of the
 # document, then those of the stream, with m_k = pair/context of level k:
 #
-#     P <- (1 - lambda_k) P + lambda_k m_k   or   P = sum_k m_k lambda_k prod_{j>k} (1 - lambda_j)
+#     P <- (1 - lambda_k) P + lambda_k m_k   or   P0 = sum_k m_k lambda_k prod_{j>k} (1 - lambda_j)
 #
-# with p1 as level 0: sticks broken from the longest context down. lambda_k = (a + explained) /
-# (a + b + reached) comes from a table by what the context looks like, re-estimated by EM: explained
-# sums the responsibilities of the level for the targets, reached those of it and all levels below.
+# with the network as level 0: sticks broken from the longest context down. lambda_k = (a +
+# explained) / (a + b + reached) comes from a table by what the context looks like, re-estimated by
+# EM: explained sums the responsibilities of the level for the targets, reached those of it and all
+# levels below.
+#
+# Hints. A known context names the token that followed it last. y_1 is the longest context's, y_2
+# that of the longest one which names another. What remains for y_i is q_i = P0(y_i) / (1 - sum_j<i
+# P0(y_j)); tables hold how often such hints were right, right[b,k] of seen[b,k]: buckets b by what
+# counts say of the hint, knots k at whole logits from -KNOT_MAX to KNOT_MAX of q_i (adaptive
+# probability maps, as in PAQ). A bucket starts with HINT_PRIOR observations of the opinion that it
+# corrects, sigmoid(k). The tables' logits are averaged:
+#
+#     logit s[b,k] = logit of (right[b,k] + prior sigmoid(k)) / (seen[b,k] + prior)
+#     logit s_i = mean over tables of the linear interpolation of logit s[b,.] at logit q_i
+#     P(y_1) = s_1,   P(y_2) = (1 - s_1) s_2
+#     P(x) = (1 - s_1)(1 - s_2) P0(x) / (1 - P0(y_1) - P0(y_2)) for any other x
+#
+# a distribution whatever the s_i are. A scored target that is none of the hints before counts for
+# hint i, at the two knots around logit q_i, in the shares of the interpolation.
 #
 # Buckets look at nothing that depends on the target, and tables change between chunks only, so a
 # distribution is there before its target. Tables count in integers of 2^-32: no order of adding
@@ -5288,68 +5322,88 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
 ONE = 2.0**32  # the tables' unit
 KNOT_MAX = 12
 KNOTS = 2 * KNOT_MAX + 1  # of a bucket
-HINT_PRIOR = 10.0  # pseudo-observations of the network's opinion, a knot
+HINT_PRIOR = 10.0  # pseudo-observations of the opinion that is corrected, a knot
 LEVEL_PRIOR = (0.1, 2.0)  # a, b
+LEAST_REST = 2.0**-52  # 1 - P0(y_1) - P0(y_2), in float64
 DOCUMENT_MAX_ORDER = 4  # the document's levels are the orders 2 to this
 AGREEING_ORDERS = (2, 3, 4)  # of the stream, asked whether they name the same hint
 FAR_WINDOWS = 16  # attention windows beyond which a context is far away
 ENTROPIES = 6  # bins of the network's entropy, in whole nats
-# What contexts are told apart by, and in how many bins: level_key and hint_key make the digits. Of
-# the hint's the order comes first (hint_orders), and from 2 on, so that no key is 0; orders from 16
-# on share a bin. Agreement comes last: ngram_columns adds it.
+# What contexts and hints are told apart by, and in how many bins. The order counts from 2 on, so
+# that no hint's key is 0; orders from 16 on share a bin. Agreement is added when all orders are in.
 LEVEL_FEATURES = {"log2_count": 13, "variety": 8, "distance": 3}
 LEVEL_KEYS = 1 + math.prod(LEVEL_FEATURES.values())
-HINT_FEATURES = {"order": 17, "share": 5, "distance": 3, "agreement": 2 ** len(AGREEING_ORDERS)}
-HINT_KEYS = math.prod(HINT_FEATURES.values())
+HINT_TABLES = (
+    {"order": 17, "share": 5, "distance": 3, "agreement": 2 ** len(AGREEING_ORDERS)},
+    {"order": 17, "streak": 6, "distinct": 5},
+)
+HINT_KEYS = max(math.prod(features.values()) for features in HINT_TABLES)
 assert max(HINT_KEYS, LEVEL_KEYS) < 2**15, "keys are int16"
 assert FIELDS["mixer_max_order"].metadata["allowed"][0] >= max(DOCUMENT_MAX_ORDER, *AGREEING_ORDERS)
 
 
 class NgramColumns(NamedTuple):
-    """What the counts say of each target's context, (N,) or (levels,N)."""
+    """What the counts say of each target's context."""
 
-    hint: Tensor  # int16 or int32 (N,); -1: none
-    hint_key: Tensor  # int16 (N,), below HINT_KEYS; 0: no hint
-    ratio: Tensor  # float32 (levels,N), pair/context of the target
+    hints: Tensor  # int16 or int32 (HINTS,N); -1: none
+    hint_key: Tensor  # int16 (HINTS,tables,N), below HINT_KEYS; 0: no hint
+    # Of each level float32 (known+1,1+HINTS): pair/context of the target and of the hints, at the
+    # targets whose context is known, in their order; zeros at the end, for the others.
+    ratios: list[Tensor]
     level_key: Tensor  # int16 (levels,N), below LEVEL_KEYS; 0: a new context
+
+    def hint_number(self, targets: Tensor) -> Tensor:
+        """int8 (N,): which hint each target (N,) is, from 1 on; 0: none."""
+        number = torch.zeros_like(targets, dtype=torch.int8)
+        for i, hint in enumerate(self.hints):
+            number.masked_fill_(hint == targets, i + 1)
+        return number
 
 
 class MixInputs(NamedTuple):
     """What the mixer reads of M candidates: targets of a chunk, or all tokens at one position."""
 
-    logp: Tensor  # float64 (M,), of the candidate, by the network
-    entropy: Tensor  # float64 (M,), of NeuralColumns
-    hint_logp: Tensor  # float64 (M,), of NeuralColumns
-    hint_log1m: Tensor  # float64 (M,), of NeuralColumns
-    is_hint: Tensor  # bool (M,), the candidate is the hint
-    hint_key: Tensor  # integers (M,), of NgramColumns
-    ratio: Tensor  # float32 (levels,M), of NgramColumns
+    neural: NeuralColumns  # of the M candidates
+    hint_number: Tensor  # int8 (M,), which hint the candidate is, from 1 on; 0: none
+    hint_key: Tensor  # integers (HINTS,tables,M), of NgramColumns
+    ratio: Tensor  # float32 (levels,M,1+HINTS), pair/context of the candidate and of the hints
     level_key: Tensor  # int16 (levels,M), of NgramColumns
 
-    def part(self, begin: int, end: int) -> MixInputs:
-        """The candidates [begin, end)."""
-        return MixInputs(*(column[..., begin:end] for column in self))
 
-    @staticmethod
-    def join(parts: list[MixInputs]) -> MixInputs:
-        """Candidates end to end."""
-        return MixInputs(*(torch.cat(columns, -1) for columns in zip(*parts, strict=True)))
+def chunks_of(
+    neural: NeuralColumns, ngram: NgramColumns, hint_number: Tensor, chunk: int
+) -> Iterator[MixInputs]:
+    """The targets of a stream (N,), from its columns, chunk after chunk."""
+    levels, size = ngram.level_key.shape
+    before = torch.zeros(levels, 1, dtype=torch.int64, device=ngram.level_key.device)
+    for begin in range(0, size, chunk):
+        part = slice(begin, begin + chunk)
+        level_key = ngram.level_key[:, part]
+        known = level_key > 0
+        place = before + known.cumsum(1)
+        before = place[:, -1:]
+        ratio = [
+            ratios.index_select(0, torch.where(k, p - 1, len(ratios) - 1))
+            for ratios, k, p in zip(ngram.ratios, known, place, strict=True)
+        ]
+        own = NeuralColumns(*(column[..., part] for column in neural))
+        hint_key = ngram.hint_key[..., part]
+        yield MixInputs(own, hint_number[part], hint_key, torch.stack(ratio), level_key)
 
 
 class Evidence(NamedTuple):
     """What the tables learn from M scored candidates."""
 
-    is_hint: Tensor  # bool (M,)
-    hint_cells: Tensor  # int64 (2,M), of the hint table: the knots around the network's logit
-    hint_shares: Tensor  # int64 (2,M), how much each of them counts, in units of 1/ONE; 0: no hint
+    right: Tensor  # bool (HINTS,M), the candidate is the hint
+    hint_cells: Tensor  # int64 (2,HINTS,tables,M), of the hint tables: the knots around logit q
+    hint_shares: Tensor  # int64 as hint_cells, how much each counts, in units of 1/ONE
     level_cells: Tensor  # int64 (levels,M), of the level table
-    responsibilities: Tensor  # float64 (1+levels,M), the share of P that each level explains
+    responsibilities: Tensor  # float64 (1+levels,M), the share of P0 that each level explains
 
 
 def number_of(digits: dict[str, Any], sizes: dict[str, int]) -> Any:
-    """One number of several digits, the first the most significant; digits that exceed their bins
-    share the last one."""
-    assert digits.keys() == sizes.keys(), "each feature needs a digit and a number of bins"
+    """One number of the digits that have a number of bins, the first the most significant; digits
+    that exceed their bins share the last one."""
     number = 0
     for name, size in sizes.items():
         number = number * size + torch.as_tensor(digits[name]).clamp(0, size - 1)
@@ -5374,149 +5428,220 @@ def level_key(counts: Counts, near: int) -> Tensor:
     return torch.where(counts.context > 0, key, 0).to(torch.int16)
 
 
-def hint_key(order: int, counts: Counts, near: int) -> Tensor:
-    """int16 key of the hint that contexts of this order name, by HINT_FEATURES; without agreement,
-    which the other orders tell."""
-    shares = HINT_FEATURES["share"] - 1
+def hint_keys(order: int | Tensor, counts: Counts, near: int) -> Tensor:
+    """int16 (tables,M) keys of the hints that contexts of this order (or of orders (M,)) name, by
+    HINT_TABLES; without agreement, which the other orders tell."""
     digits = {
-        "order": order,
-        "share": counts.hint_count * shares // counts.context.clamp(min=1),
+        "order": torch.as_tensor(order, device=counts.context.device).expand_as(counts.context),
+        "share": counts.hint_count * 4 // counts.context.clamp(min=1),
         "distance": distance_bin(counts.distance, near),
         "agreement": 0,
+        "streak": counts.streak,
+        "distinct": counts.distinct,
     }
-    return number_of(digits, HINT_FEATURES).to(torch.int16)
+    return torch.stack([number_of(digits, sizes) for sizes in HINT_TABLES]).to(torch.int16)
+
+
+class Followed(NamedTuple):
+    """What is known of M contexts before targets."""
+
+    slot: Tensor  # int64 (M,), where they come in the targets' columns (slots)
+    counts: Counts  # (M,)
+    hints: list[Tensor]  # (M,) each, the targets' hints
+    pairs: list[Tensor]  # int32 (M,) each, how often these followed
 
 
 class UnfinishedColumns:
-    """NgramColumns of `size` targets, filled in place, order by order.
+    """NgramColumns, filled in place, order by order, for the targets of given hints.
 
-    Columns are zero, or none, where nothing is put, and have a place more, for what belongs to no
-    target (slots). named: {order: its hints (size+1,)} of AGREEING_ORDERS.
+    Columns are zero where nothing is put, and have a place more, for what belongs to no target
+    (slots). hints: (HINTS,size+1). agreement: int16 (HINTS,size+1), a bit for each of
+    AGREEING_ORDERS that names the hint.
     """
 
-    def __init__(self, size: int, levels: int, near: int, hints: torch.dtype, device):
-        self.near, shape = near, (levels, size + 1)
-        self.hint = torch.full((size + 1,), -1, dtype=hints, device=device)
-        self.hint_key = torch.zeros(size + 1, dtype=torch.int16, device=device)
-        self.ratio = torch.empty(shape, dtype=torch.float32, device=device)
-        self.level_key = torch.empty(shape, dtype=torch.int16, device=device)
-        self.named: dict[int, Tensor] = {}
+    def __init__(self, hints: Tensor, levels: int, near: int):
+        self.hints, self.near, device = F.pad(hints, (0, 1), value=-1), near, hints.device
+        places = self.hints.size(1)
+        self.hint_key = torch.zeros(HINTS, len(HINT_TABLES), places, dtype=torch.int16)
+        self.hint_key = self.hint_key.to(device)
+        self.agreement = torch.zeros(HINTS, places, dtype=torch.int16, device=device)
+        self.ratios = [torch.empty(0)] * levels
+        self.level_key = torch.zeros(levels, places, dtype=torch.int16, device=device)
 
-    def add(self, level: int, counted: Iterable[tuple[Tensor, Counts]], order: int = 0) -> None:
-        """Fill a level's rows from blocks of (slots, Counts). order: a level's of the stream, whose
-        hints replace those of lower orders."""
-        ratio, keys = self.ratio[level].zero_(), self.level_key[level].zero_()
-        if order in AGREEING_ORDERS:
-            self.named[order] = torch.full_like(self.hint, -1)
-        for slot, counts in counted:
-            share = counts.pair.double() / counts.context.clamp(min=1)
-            ratio.scatter_(0, slot, share.float())
+    def add(self, level: int, counted: Iterable[Followed], order: int = 0) -> None:
+        """Fill a level's rows. order: a level's of the stream, which names hints."""
+        keys, places = self.level_key[level], self.hints.size(1)
+        ratio = torch.zeros(places, 1 + HINTS, device=keys.device)
+        for slot, counts, hints, hint_pairs in counted:
             keys.scatter_(0, slot, level_key(counts, self.near))
+            pairs = torch.stack([counts.pair, *hint_pairs], 1)
+            context = counts.context.clamp(min=1).double()
+            ratio.index_copy_(0, slot, (pairs / context[:, None]).float())
             if order:
-                self.put_hints(order, slot, counts)
+                self.put_keys(order, slot, counts, hints)
+        keys[-1] = 0
+        known = (keys > 0).nonzero().squeeze(1)
+        self.ratios[level] = F.pad(ratio.index_select(0, known), (0, 0, 0, 1))
 
-    def put_hints(self, order: int, slot: Tensor, counts: Counts) -> None:
-        """Name the hints of a block, and their keys."""
-        hint = counts.hint.to(self.hint.dtype)
-        self.hint.scatter_(0, slot, hint)
-        self.hint_key.scatter_(0, slot, hint_key(order, counts, self.near))
-        if order in self.named:
-            self.named[order].scatter_(0, slot, hint)
+    def put_keys(self, order: int, slot: Tensor, counts: Counts, hints: list[Tensor]) -> None:
+        """The keys of those hints of a block that contexts of this order name."""
+        keys = hint_keys(order, counts, self.near)
+        for i, hint in enumerate(hints):
+            named = (hint == counts.hint).nonzero().squeeze(1)
+            own = slot[named]
+            for row, key in zip(self.hint_key[i], keys, strict=True):
+                row.scatter_(0, own, key[named])
+            if order in AGREEING_ORDERS:
+                bit = torch.full_like(own, 1 << AGREEING_ORDERS[::-1].index(order))
+                self.agreement[i].scatter_add_(0, own, bit.short())
 
     def finish(self) -> NgramColumns:
         """The columns without the place more, with agreement in the hints' keys."""
-        size = len(self.hint) - 1
-        for part in blocks(0, self.hint[:size]):
-            hint, agreement = self.hint[part], 0
-            for order in AGREEING_ORDERS:
-                agreement = 2 * agreement + (self.named[order][part] == hint).short()
-            self.hint_key[part] += agreement * (hint >= 0)
-        columns = (self.hint, self.hint_key, self.ratio, self.level_key)
-        return NgramColumns(*(column[..., :size] for column in columns))
+        self.hint_key[:, 0] += self.agreement
+        self.hint_key.masked_fill_(self.hints[:, None] < 0, 0)
+        hints, hint_key, level_key = (
+            column[..., :-1] for column in (self.hints, self.hint_key, self.level_key)
+        )
+        return NgramColumns(hints, hint_key, self.ratios, level_key)
 
 
-def ngram_columns(
+def scanned_columns(
     document_counts: Iterable[tuple[int, Counts]],
     stream_counts: Iterable[tuple[int, Counts]],
     near: int,
-) -> NgramColumns:
-    """From (order, Counts) inside documents and over the stream; near: tokens of a window."""
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """(hints, MixInputs.hint_key, .ratio, .level_key) of all tokens (V,) at one position, from
+    (order, Counts (V,)) inside its document and over the stream (scan_ngrams); near: tokens of a
+    window. Keys (...,1) are the same for all tokens."""
     # A context of no token tells nothing that the network does not know.
     in_document, in_stream = (
         [(order, counts) for order, counts in pairs if order > 1]
         for pairs in (document_counts, stream_counts)
     )
-    first = in_stream[0][1].hint
-    size, levels = len(first), len(in_document) + len(in_stream)
-    columns = UnfinishedColumns(size, levels, near, torch.int32, first.device)
-    everywhere = torch.arange(size, device=first.device)
-    for level, (order, counts) in enumerate(in_document + in_stream):
-        slot = slots(everywhere, counts.context > 0, 0, size)
-        columns.add(level, [(slot, counts)], order if level >= len(in_document) else 0)
-    return columns.finish()
+    levels = [counts for _, counts in in_document + in_stream]
+    context, pair, *facts = (torch.stack(columns) for columns in zip(*levels, strict=True))
+    facts = Counts(context[:, 0], pair[:, 0], *(column[:, 0] for column in facts))
+    orders = torch.tensor([order for order, _ in in_stream])
+    stream = Counts(*(column[len(in_document) :] for column in facts))
+    keys = hint_keys(orders, stream, near)
+    hints = [y for y in dict.fromkeys(reversed(stream.hint.tolist())) if y >= 0][:HINTS]
+    hint_key = torch.zeros(HINTS, len(HINT_TABLES), 1, dtype=torch.int16)
+    share = (pair / context.clamp(min=1).double()).float()
+    ratio = torch.zeros(len(levels), share.size(1), 1 + HINTS)
+    ratio[..., 0] = share
+    for i, hint in enumerate(hints):
+        names = stream.hint == hint
+        hint_key[i, :, 0] = keys[:, names.nonzero()[-1, 0]]
+        for order in AGREEING_ORDERS:
+            bit = 1 << AGREEING_ORDERS[::-1].index(order)
+            hint_key[i, 0] += bit * names[orders == order].short()
+        ratio[..., 1 + i] = share[:, hint, None]
+    return hints, hint_key, ratio, level_key(facts, near)[:, None]
 
 
-def target_counts(ngrams: Ngrams, start: int, size: int) -> Iterator[tuple[Tensor, Counts]]:
-    """(slots, Counts) of the contexts' members, for columns of the positions from `start` on."""
-    for position, counts in member_counts(ngrams):
-        yield slots(position, counts.context > 0, start, size), counts
+def members_by_token(ngrams: Ngrams) -> Tensor:
+    """int64 (M,), rising: token * M + index of each of the contexts' members."""
+    token = ngrams.token.index_select(0, ngrams.by_token).long()
+    return token.mul_(len(token)).add_(ngrams.by_token)
 
 
-def stream_columns(tokens: Tensor, span: tuple[int, int], cfg: Config) -> NgramColumns:
-    """NgramColumns of the targets `span` of a stream (N+1,), from counts of all before."""
-    tokens, start, size = tokens[: span[1] + 1], span[0] + 1, span[1] - span[0]
+def occurrences(by_token: Tensor, token: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """int32 (m,): how many of the contexts' members from index `begin` to before `end` have a
+    token, integers (m,) each; by_token: of members_by_token."""
+    first = token.long().mul_(len(by_token))
+    last, before = (torch.searchsorted(by_token, first + i, out_int32=True) for i in (end, begin))
+    return last.sub_(before)
+
+
+def target_counts(
+    ngrams: Ngrams, by_token: Tensor, hints: Tensor, start: int
+) -> Iterator[Followed]:
+    """Of the contexts' members, a block at a time, for columns of the positions from `start` on,
+    whose hints (HINTS,size+1) are given. by_token: of members_by_token."""
+    contexts, size = ngrams.contexts, hints.size(1) - 1
+    for part, counts in member_counts(ngrams):
+        slot = slots(contexts.position[part], counts.context > 0, start, size)
+        tokens, pairs = [row.index_select(0, slot) for row in hints], []
+        for token in tokens:
+            is_own = token == counts.hint
+            asked = ((token >= 0) & ~is_own).nonzero().squeeze(1)
+            # Neighbours are looked up in neighbouring memory.
+            wanted, order = token.index_select(0, asked).sort()
+            asked = asked.index_select(0, order)
+            group = contexts.start[part].index_select(0, asked)
+            found = occurrences(by_token, wanted, group, asked + part.start)
+            pairs.append((counts.hint_count * is_own).scatter_(0, asked, found))
+        yield Followed(slot, counts, tokens, pairs)
+
+
+def stream_columns(
+    tokens: Tensor, span: tuple[int, int], cfg: Config, hints: Tensor | None = None
+) -> NgramColumns:
+    """NgramColumns of the targets `span` of a stream (N+1,), from counts of all before. hints
+    (HINTS,span): those of stream_hints, if they are at hand."""
+    if hints is None:
+        hints = stream_hints(tokens, span, cfg)
+    tokens, start, document = tokens[: span[1] + 1], span[0] + 1, document_numbers(tokens)
     in_stream = DOCUMENT_MAX_ORDER - 1  # the first level of the stream
-    levels, document = in_stream + cfg.mixer_max_order - 1, document_numbers(tokens)
-    near, device = cfg.eval_seq_len, tokens.device
-    columns = UnfinishedColumns(size, levels, near, token_type(tokens), device)
+    levels = in_stream + cfg.mixer_max_order - 1
+    columns = UnfinishedColumns(hints, levels, cfg.eval_seq_len)
     with threads(1):
         for order, ngrams in exact_ngrams(tokens, cfg.mixer_max_order):
-            if order > DOCUMENT_MAX_ORDER:
-                document = None  # no longer needed, and large
-            elif order > 1:
+            if order == 1:
+                continue
+            by_token = members_by_token(ngrams)
+            if order <= DOCUMENT_MAX_ORDER:
                 inside = in_documents(ngrams, document)
-                columns.add(order - 2, target_counts(inside, start, size))
+                columns.add(order - 2, target_counts(inside, by_token, columns.hints, start))
                 del inside
-            if order > 1:
-                counted = target_counts(ngrams, start, size)
-                columns.add(in_stream + order - 2, counted, order)
-                del counted
-            del ngrams
+            else:
+                document = None  # no longer needed, and large
+            counted = target_counts(ngrams, by_token, columns.hints, start)
+            columns.add(in_stream + order - 2, counted, order)
+            del counted, by_token, ngrams
     return columns.finish()
 
 
-def latest_hints(ngrams: Ngrams, hint: Tensor, start: int) -> None:
-    """Put what followed each known context last into the hints (size+1,) of positions from `start`
-    on."""
-    contexts, token, size = ngrams.contexts, ngrams.token, len(hint) - 1
+def name_hints(ngrams: Ngrams, hints: Tensor, start: int) -> None:
+    """Put what followed each known context last in front of the hints (HINTS,size+1) of positions
+    from `start` on, without naming a token twice."""
+    contexts, token, size = ngrams.contexts, ngrams.token, hints.size(1) - 1
     for part in blocks(1, token):
         known = ranks(contexts, part) > 0
         slot = slots(contexts.position[part], known, start, size)
-        hint.scatter_(0, slot, token[part.start - 1 : part.stop - 1])
+        moved = token[part.start - 1 : part.stop - 1]
+        settled = torch.zeros_like(known)
+        for row in hints:
+            old = row.index_select(0, slot)
+            row.scatter_(0, slot, torch.where(settled, old, moved))
+            settled |= old == moved
+            moved = old
 
 
 def stream_hints(tokens: Tensor, span: tuple[int, int], cfg: Config) -> Tensor:
-    """NgramColumns.hint (span,) of stream_columns alone."""
+    """Hints (HINTS,span), int16 or int32, of the targets `span` of a stream (N+1,); -1: none."""
     tokens, start, size = tokens[: span[1] + 1], span[0] + 1, span[1] - span[0]
-    hint = torch.full((size + 1,), -1, dtype=token_type(tokens), device=tokens.device)
+    shape, kind = (HINTS, size + 1), token_type(tokens)
+    hints = torch.full(shape, -1, dtype=kind, device=tokens.device)
     with threads(1):
         for order, ngrams in exact_ngrams(tokens, cfg.mixer_max_order):
             if order > 1:
-                latest_hints(ngrams, hint, start)
+                name_hints(ngrams, hints, start)
             del ngrams
-    return hint[:size]
+    return hints[:, :size]
 
 
 class CalibratedMixer:
     """The tables. `predict` reads them, `update` adds scored targets; nothing else changes them.
 
-    hint_seen, hint_right: (HINT_KEYS * KNOTS,) int64, how many hints were seen there, and right.
-    reached, explained: (levels * ENTROPIES * LEVEL_KEYS,) int64, the mass of targets that reached a
-    level, and that it explained. All in units of 1/ONE.
+    hint_seen, hint_right: (HINTS * tables * HINT_KEYS * KNOTS,) int64, how many hints were seen
+    there, and right. reached, explained: (levels * ENTROPIES * LEVEL_KEYS,) int64, the mass of
+    targets that reached a level, and that it explained. All in units of 1/ONE.
     """
 
     def __init__(self, levels: int, device: str | torch.device = "cpu"):
-        hints, cells = HINT_KEYS * KNOTS, levels * ENTROPIES * LEVEL_KEYS
+        hints = HINTS * len(HINT_TABLES) * HINT_KEYS * KNOTS
+        cells = levels * ENTROPIES * LEVEL_KEYS
         self.hint_seen, self.hint_right = torch.zeros(2, hints, dtype=torch.int64, device=device)
         self.reached, self.explained = torch.zeros(2, cells, dtype=torch.int64, device=device)
 
@@ -5531,26 +5656,6 @@ class CalibratedMixer:
             setattr(other, name, table.to("cpu", copy=True))
         return other
 
-    def hint_stage(self, x: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """(log p1 (M,), Evidence.hint_cells, Evidence.hint_shares) of the candidates."""
-        has_hint = x.hint_key > 0
-        # Where the network's logit p(y) lies on the axis of the knots, and the knot below it.
-        place = (x.hint_logp - x.hint_log1m + KNOT_MAX).clamp(0, KNOTS - 1)
-        below = place.long().clamp(0, KNOTS - 2)  # of NaN, too: the audit tells of it
-        knots = torch.stack([below, below + 1])
-        cells = x.hint_key.long() * KNOTS + knots
-        prior = torch.sigmoid(knots.double() - KNOT_MAX) * HINT_PRIOR
-        right = prior + self.hint_right[cells].double() / ONE
-        wrong = HINT_PRIOR + self.hint_seen[cells].double() / ONE - right
-        logits = right.log() - wrong.log()
-        logit = torch.lerp(logits[0], logits[1], place - below)  # of s
-        others = x.logp - x.hint_log1m + F.logsigmoid(-logit)
-        logp = torch.where(x.is_hint, F.logsigmoid(logit), others)
-        upper_share = ((place - below) * ONE).round().long()
-        shares = torch.stack([int(ONE) - upper_share, upper_share])
-        shares = shares.masked_fill(~has_hint, 0)
-        return torch.where(has_hint, logp, x.logp), cells, shares
-
     def lambdas(self) -> Tensor:
         """float64 (cells,), of the level table; 0 for new contexts. They are fewer than what a
         chunk looks up."""
@@ -5560,32 +5665,81 @@ class CalibratedMixer:
         lambdas.view(-1, LEVEL_KEYS)[:, 0] = 0.0
         return lambdas
 
-    def predict(self, x: MixInputs) -> tuple[Tensor, Evidence]:
-        """(log P (M,) of the candidates, what there is to learn if they are scored)."""
-        logp, hint_cells, hint_shares = self.hint_stage(x)
-        level = torch.arange(len(x.level_key), device=logp.device)[:, None]
-        entropy = x.entropy.long().clamp(0, ENTROPIES - 1)
+    def interpolate(self, x: MixInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """P0 (1+HINTS,M) of the candidate and of each hint, with Evidence.level_cells and
+        .responsibilities."""
+        level = torch.arange(len(x.level_key), device=x.level_key.device)[:, None]
+        entropy = x.neural.entropy.long().clamp(0, ENTROPIES - 1)
         level_cells = level * (ENTROPIES * LEVEL_KEYS) + entropy * LEVEL_KEYS
         level_cells += x.level_key
-        lambdas = self.lambdas()[level_cells]
-        # left[k]: of the stick, by level k and all above it. parts[0] is p1's, parts[k + 1] level
-        # k's, which gets what the levels above it leave: left[k + 1], or all.
-        left = 1 - lambdas
+        weights = self.lambdas()[level_cells]
+        # left[k]: of the stick, by level k and all above it. Level k gets its lambda of what the
+        # levels above it leave: left[k + 1], or all.
+        left = 1 - weights
         for k in reversed(range(len(left) - 1)):  # a row at a time: cumprod goes down the columns
             left[k] *= left[k + 1]
-        parts = torch.cat([left[:1] * logp.exp(), lambdas.mul_(x.ratio)])
-        parts[1:-1] *= left[1:]
-        total = parts[0].clone()
-        for part in parts[1:]:  # `sum` adds the last columns in another order than the others
-            total += part
-        evidence = Evidence(x.is_hint, hint_cells, hint_shares, level_cells, parts.div_(total))
-        return total.log(), evidence
+        weights[:-1] *= left[1:]
+        total = left[0] * torch.cat([x.neural.logp[None], x.neural.hint_logp]).exp()
+        total = total.mT.contiguous()
+        parts = torch.empty(1 + len(left), left.size(1), dtype=left.dtype, device=left.device)
+        parts[0] = total[:, 0]
+        for weight, ratio, part in zip(weights, x.ratio, parts[1:], strict=True):
+            own = weight[:, None] * ratio  # `sum` adds the last columns in another order
+            part.copy_(own[:, 0])
+            total += own
+        return total.mT, level_cells, parts.div_(total[:, 0])
+
+    def corrected(self, x: MixInputs, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tables' opinion, logit s (HINTS,M), of hints of logit q (HINTS,M); with
+        Evidence.hint_cells and .hint_shares."""
+        # Where logit q lies on the axis of the knots, and the knot below it.
+        place = (logit + KNOT_MAX).clamp(0, KNOTS - 1)
+        below = place.long().clamp(0, KNOTS - 2)  # of NaN, too: the audit tells of it
+        knots = torch.stack([below, below + 1])[:, :, None]
+        count = HINTS * len(HINT_TABLES)
+        table = torch.arange(count, device=logit.device).view(HINTS, len(HINT_TABLES), 1)
+        cells = (table * HINT_KEYS + x.hint_key) * KNOTS + knots
+        prior = torch.sigmoid(knots.double() - KNOT_MAX) * HINT_PRIOR
+        right = prior + self.hint_right[cells].double() / ONE
+        wrong = HINT_PRIOR + self.hint_seen[cells].double() / ONE - right
+        logits = right.log() - wrong.log()
+        upper = (place - below)[:, None]
+        logits = torch.lerp(logits[0], logits[1], upper)
+        own = logits[:, 0].clone()
+        for k in range(1, len(HINT_TABLES)):
+            own += logits[:, k]
+        upper_share = (upper * ONE).round().long()
+        shares = torch.stack([int(ONE) - upper_share, upper_share]).expand_as(cells)
+        return own / len(HINT_TABLES), cells, shares
+
+    def predict(self, x: MixInputs) -> tuple[Tensor, Evidence]:
+        """(log P (M,) of the candidates, what there is to learn if they are scored)."""
+        total, level_cells, responsibilities = self.interpolate(x)
+        has_hint = x.hint_key[:, 0] > 0
+        left, rests = 1.0, []  # of P0, after each hint
+        for i, own in enumerate(has_hint):
+            left = torch.where(own, left - total[1 + i], left)
+            rests.append(left.clamp(min=LEAST_REST).log())
+        logp, rest = total[0].log(), torch.stack(rests)
+        logit, cells, shares = self.corrected(x, total[1:].log() - rest)
+        number = x.hint_number.long()[None]
+        none, others = torch.zeros_like(logp), logp  # that it is no hint so far; which one it is
+        hits, asked = [], []
+        for i, own in enumerate(has_hint):
+            asked.append(own & ((number[0] == 0) | (number[0] > i)))
+            hits.append(none + F.logsigmoid(logit[i]))
+            none = torch.where(own, none + F.logsigmoid(-logit[i]), none)
+            others = torch.where(own, logp - rest[i], others)
+        logp = torch.stack([none + others, *hits]).gather(0, number)[0]
+        shares = shares.masked_fill(~torch.stack(asked)[:, None], 0)
+        right = number == torch.arange(1, HINTS + 1, device=number.device)[:, None]
+        return logp, Evidence(right, cells, shares, level_cells, responsibilities)
 
     def update(self, seen: Evidence) -> None:
         """Add scored targets. What reaches a level is what it and all below it explain."""
         cells, shares = seen.hint_cells.flatten(), seen.hint_shares
         self.hint_seen.index_add_(0, cells, shares.flatten())
-        right = shares.masked_fill(~seen.is_hint, 0)
+        right = shares.masked_fill(~seen.right[:, None], 0)
         self.hint_right.index_add_(0, cells, right.flatten())
         cells, reaching = seen.level_cells.flatten(), seen.responsibilities.clone()
         for k in range(1, len(reaching)):
@@ -5595,22 +5749,27 @@ class CalibratedMixer:
 
 
 def mix(
-    inputs: MixInputs, chunk: int, keep: Collection[int] = ()
+    neural: NeuralColumns,
+    ngram: NgramColumns,
+    hint_number: Tensor,
+    chunk: int,
+    keep: Collection[int] = (),
 ) -> tuple[Tensor, dict[int, CalibratedMixer]]:
-    """(log-probability (N,) of every target, tables by target).
+    """(log-probability (N,) of every target, tables by target) from a stream's columns.
 
     Score first: the tables are read for a chunk of targets, then updated. keep: targets whose
     tables to keep as they were read; key N: the tables after the last update.
     """
-    size = len(inputs.logp)
-    out, kept = torch.empty_like(inputs.logp), {}
-    mixer = CalibratedMixer(len(inputs.ratio), out.device)
+    size = len(neural.logp)
+    out, kept = torch.empty_like(neural.logp), {}
+    mixer = CalibratedMixer(len(ngram.ratios), out.device)
     with threads(1):
-        for begin in range(0, size, chunk):
+        inputs = chunks_of(neural, ngram, hint_number, chunk)
+        for begin, x in zip(range(0, size, chunk), inputs, strict=True):
             wanted = [i for i in keep if begin <= i < begin + chunk]
             if wanted:
                 kept |= dict.fromkeys(wanted, mixer.snapshot())
-            logp, evidence = mixer.predict(inputs.part(begin, begin + chunk))
+            logp, evidence = mixer.predict(x)
             out[begin : begin + chunk] = logp
             mixer.update(evidence)
     return out, kept | {size: mixer.snapshot()}
@@ -5636,9 +5795,10 @@ AUDIT_TARGETS = 1024  # targets coded, if a batch has windows enough
 AUDIT_STEPS = 24  # of a window; the decoder computes a batch for each
 
 
-def hint_orders(keys: Tensor) -> Tensor:
-    """Order (N,) of each target's hint, 0: none, from its key, whose first digit it is."""
-    return keys // (HINT_KEYS // HINT_FEATURES["order"])
+def hint_orders(ngram: NgramColumns) -> Tensor:
+    """Order (N,) of each target's first hint, 0: none, from its key, whose first digit it is."""
+    keys = math.prod(HINT_TABLES[0].values()) // HINT_TABLES[0]["order"]
+    return ngram.hint_key[0, 0] // keys
 
 
 class Places(NamedTuple):
@@ -5714,8 +5874,8 @@ class Evaluation:
 
     neural: this rank's NeuralPass. rules: backoff scorings. headline: name of the run's scoring;
     scorings: all, the headline first. places: targets that the audit looks at, drawn on rank 0
-    after the neural pass unless they are given. columns:
-    NeuralColumns of all targets. rows: {scoring: results}. logp: {scoring: (N,) float64}. mixers:
+    after the neural pass unless they are given. columns: NeuralColumns of all targets. hints:
+    (HINTS,N) of all targets. rows: {scoring: results}. logp: {scoring: (N,) float64}. mixers:
     {target: the calibrated tables as they were when it was scored}. matched: {scoring: facts on
     the orders that matched, for the picture}. times: (N,) integers, how often the pass wrote each
     target. network: network_digest of the artifact, from which the places are drawn. blob: the
@@ -5743,6 +5903,7 @@ class Evaluation:
         self.headline = wanted if wanted in names else "neural"
         self.scorings = sorted(names, key=lambda name: name != self.headline)
         self.columns: NeuralColumns | None = None
+        self.hints: Tensor | None = None
         self.rows: dict[str, dict] = {}
         self.logp: dict[str, Tensor] = {}
         self.mixers: dict[int, CalibratedMixer] = {}
@@ -5761,20 +5922,22 @@ class Evaluation:
             hints = stream_hints(self.neural.tokens, spans[run.rank], cfg)
         out = self.neural.columns(hints, progress=True)
         columns = [run.gather(column.contiguous(), spans) for column in out.unbind(1)]
+        named = [run.gather(row.contiguous(), spans) for row in (() if hints is None else hints)]
         self.times = run.gather(self.neural.times, spans)
         if run.is_main:
-            self.columns = NeuralColumns(*columns)
+            self.columns = NeuralColumns.of(columns)
+            self.hints = torch.stack(named) if named else None
             self.pass_seconds = run.sync() - started
             if self.places is None:
                 self.places = draw_places(self)
 
-    def mix_inputs(self, end: int) -> MixInputs:
-        """What the calibrated mixer reads for the targets before `end`, on rank 0's device."""
+    def mix_inputs(self, end: int) -> tuple[NeuralColumns, NgramColumns, Tensor]:
+        """What `mix` reads of the targets before `end`, on rank 0's device."""
         tokens = self.neural.tokens[: end + 1]
-        ngram = stream_columns(tokens, (0, end), self.cfg)
-        neural = (column[:end].to(tokens.device) for column in self.columns)
-        is_hint = ngram.hint == tokens[1:]
-        return MixInputs(*neural, is_hint, ngram.hint_key, ngram.ratio, ngram.level_key)
+        hints = self.hints[:, :end].to(tokens.device)
+        ngram = stream_columns(tokens, (0, end), self.cfg, hints)
+        neural = NeuralColumns(*(column[..., :end].to(tokens.device) for column in self.columns))
+        return neural, ngram, ngram.hint_number(tokens[1:])
 
     def mixed(self, scoring: str) -> Tensor | None:
         """Log-probabilities (N,) of a scoring on rank 0; all ranks take part."""
@@ -5787,9 +5950,10 @@ class Evaluation:
     def mixed_calibrated(self) -> Tensor:
         """Log-probabilities (N,) of the calibrated mixer, on rank 0."""
         inputs = self.mix_inputs(len(self.neural.tokens) - 1)
-        logp, self.mixers = mix(inputs, self.cfg.mixer_chunk_tokens, self.places.targets())
-        order = hint_orders(inputs.hint_key)
-        right = order[inputs.is_hint].bincount(minlength=int(order.max()) + 1)
+        logp, self.mixers = mix(*inputs, self.cfg.mixer_chunk_tokens, self.places.targets())
+        _, ngram, hint_number = inputs
+        order = hint_orders(ngram)
+        right = order[hint_number == 1].bincount(minlength=int(order.max()) + 1)
         self.matched["calibrated"] = {
             "count": order.bincount().tolist(),
             "right": right.tolist(),
@@ -5834,16 +5998,21 @@ class Evaluation:
         cfg, words = self.cfg, torch.arange(len(logp))
         starts = (tokens[: target + 1] == BOS).nonzero()
         begin = int(starts[-1]) + 1 if len(starts) else 0  # of the document
-        in_document = scan_ngrams(tokens, target, EXACT, DOCUMENT_MAX_ORDER, cfg, begin)
-        in_stream = scan_ngrams(tokens, target, EXACT, cfg.mixer_max_order, cfg)
-        ngram = ngram_columns(in_document, in_stream, cfg.eval_seq_len)
-        ngram = NgramColumns(*(column.cpu() for column in ngram))
-        hint = ngram.hint[0].clamp(min=0)
-        entropy = -(logp.exp() * logp).sum()
-        others = logp.masked_fill(words == hint, -math.inf).logsumexp(0)
-        neural = (x.expand_as(logp) for x in (entropy, logp[hint], others))
-        is_hint = ngram.hint == words
-        return MixInputs(logp, *neural, is_hint, ngram.hint_key, ngram.ratio, ngram.level_key)
+        scans = (
+            scan_ngrams(tokens, target, EXACT, DOCUMENT_MAX_ORDER, cfg, begin),
+            scan_ngrams(tokens, target, EXACT, cfg.mixer_max_order, cfg),
+        )
+        on_cpu = (
+            [(order, Counts(*(column.cpu() for column in counts))) for order, counts in scan]
+            for scan in scans
+        )
+        hints, hint_key, ratio, level_key = scanned_columns(*on_cpu, cfg.eval_seq_len)
+        hint_number = torch.zeros_like(words, dtype=torch.int8)
+        hint_number[hints] = torch.arange(1, len(hints) + 1, dtype=torch.int8)
+        facts = [-(logp.exp() * logp).sum(), *logp[(hints + [0] * HINTS)[:HINTS]]]
+        neural = NeuralColumns.of([logp, *(fact.expand_as(logp) for fact in facts)])
+        hint_key, level_key = hint_key.expand(-1, -1, len(words)), level_key.expand(-1, len(words))
+        return MixInputs(neural, hint_number, hint_key, ratio, level_key)
 
     def distribution(
         self,
@@ -5919,14 +6088,14 @@ def neural_pass_base(evaluation: Evaluation) -> str:
 def save_neural_pass(evaluation: Evaluation) -> None:
     """Keep a pass, on rank 0, if that is wanted.
 
-    The file holds columns (N,4) float64, NeuralColumns; tokens (N+1,) uint16 and byte_counts (N,)
-    int16, for bench/mixers.py; seconds (), the time that the pass took.
+    The file holds columns (NEURAL_ROWS,N) float64, NeuralColumns; for bench/mixers.py tokens (N+1,)
+    uint16, byte_counts (N,) int16 and hints (HINTS,N); seconds (), the time that the pass took.
     """
     cfg, data = evaluation.cfg, evaluation.data
     if not cfg.save_pass:
         return
     content = {
-        "columns": torch.stack(evaluation.columns, 1),
+        "columns": evaluation.columns.rows(),
         "tokens": data.val.to(torch.uint16),
         "byte_counts": data.val_bytes.short(),
         "seconds": torch.tensor(evaluation.pass_seconds),
@@ -5981,7 +6150,7 @@ def audit_causal(evaluation: Evaluation) -> dict:
     pairs = [(evaluation.logp[headline][:target], other.mixed(headline)[:target])]
     # At the target, all but its own log-probability, which belongs to another token.
     columns = list(zip(evaluation.columns, other.columns, strict=True))[1:]
-    pairs += [(a[: target + 1], b[: target + 1]) for a, b in columns]
+    pairs += [(a[..., : target + 1], b[..., : target + 1]) for a, b in columns]
     whole = [
         x.distribution(headline, target, x.neural.distributions([target])[target])[0]
         for x in (evaluation, other)
@@ -6018,14 +6187,14 @@ def rescore(evaluation: Evaluation) -> dict:
     """
     neural, windows = evaluation.neural, draw_windows(evaluation)
     num_targets = neural.grid.num_targets
-    hints = torch.zeros(num_targets, dtype=torch.int64, device=neural.tokens.device)
+    hints = torch.zeros(HINTS, num_targets, dtype=torch.int64, device=neural.tokens.device)
     if evaluation.cfg.ngram_enabled:
         hints = stream_hints(neural.tokens, (0, num_targets), evaluation.cfg).long().clamp(min=0)
-    errors, compared = [], 0
+    hints, columns, errors, compared = hints.mT, evaluation.columns.rows().mT, [], 0
     for sheet in neural.grid.sheets(windows):
         inputs, targets, scored = neural.grid.places(sheet.to(hints.device))
         again = neural.score(inputs, targets, hints[targets])[scored].cpu()
-        given = torch.stack([column[targets[scored].cpu()] for column in evaluation.columns], 1)
+        given = columns[targets[scored].cpu()]
         errors.append(float((again - given).abs().max()))
         compared += len(given)
     first = neural.grid.seq_len  # targets of the first window
@@ -6076,7 +6245,7 @@ def rebuild(evaluation: Evaluation, target: int) -> Rebuilt:
     """Mix the stream that ends before a target's chunk."""
     chunk = evaluation.cfg.mixer_chunk_tokens
     begin = target // chunk * chunk
-    scores, kept = mix(evaluation.mix_inputs(begin), chunk)
+    scores, kept = mix(*evaluation.mix_inputs(begin), chunk)
     rebuilt, used = kept[begin].tables(), evaluation.mixers[target].tables()
     given = evaluation.logp["calibrated"][:begin]
     differing = int((scores.cpu() != given).sum())
@@ -6091,7 +6260,7 @@ def scores_again(evaluation: Evaluation) -> Tensor:
         return evaluation.columns.logp
     if headline == "calibrated":
         end = total if total <= REBUILT_TOKENS else 0
-        return mix(evaluation.mix_inputs(end), evaluation.cfg.mixer_chunk_tokens)[0].cpu()
+        return mix(*evaluation.mix_inputs(end), evaluation.cfg.mixer_chunk_tokens)[0].cpu()
     parts = [
         evaluation.backoff_part(headline, span)
         for span in evaluation.neural.grid.spans

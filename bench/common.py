@@ -231,6 +231,13 @@ class PlainGPT(nn.Module):
         return out
 
 
+def first_targets(end, neural, ngram, hint_number):
+    """What golf.mix reads of the first targets of a stream, from what it reads of all."""
+    neural = golf.NeuralColumns(*(column[..., :end] for column in neural))
+    columns = {name: getattr(ngram, name)[..., :end] for name in ("hints", "hint_key", "level_key")}
+    return neural, ngram._replace(**columns), hint_number[:end]
+
+
 def setup(scale, **sizes):
     """(Config, Run, golf.GPT, PlainGPT) of the environment's settings, with equal weights.
 

@@ -19,7 +19,7 @@ import tempfile
 import torch
 
 import pretend_device as device
-from common import golf
+from common import first_targets, golf
 
 LAUNCH_SECONDS = 5e-6  # of one operation on the host, as is usual for PyTorch; not measured here
 FULL_TARGETS = 62_021_632  # of the challenge's validation text
@@ -125,8 +125,7 @@ def evaluation_counts(cfg, run, data) -> dict[str, tuple]:
     inputs = evaluation.mix_inputs(len(neural.tokens) - 1)
 
     def mixed(chunks: int):
-        part = golf.MixInputs(*(x[..., : 256 * chunks] for x in inputs))
-        golf.mix(part, 256)
+        golf.mix(*first_targets(256 * chunks, *inputs), 256)
 
     found["chunk of mixing"] = per_unit(lambda: mixed(2), lambda: mixed(6), 4)
     for scoring in evaluation.scorings[1:]:

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import golf
+from common import first_targets, golf
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_ORDER, BUCKETS, WINDOW, MIN_COUNT, VOCAB = 10, 2**22, 32, 2, 1024
@@ -165,15 +165,13 @@ def clock(device):
 
 
 def made_up_columns(size):
-    """(size,4) float64 of NeuralColumns, of no network."""
+    """NeuralColumns of so many targets, of no network."""
     generator = torch.Generator().manual_seed(0)
-    columns = torch.rand(size, 4, dtype=torch.float64, generator=generator)
-    columns[:, 0] *= -6.0
-    columns[:, 1] *= 7.0
-    columns[:, 2].clamp_(1e-6, 1 - 1e-6)
-    torch.log1p(-columns[:, 2], out=columns[:, 3])
-    columns[:, 2].log_()
-    return columns
+    rows = torch.rand(golf.NEURAL_ROWS, size, dtype=torch.float64, generator=generator)
+    rows[0] *= -6.0
+    rows[1] *= 7.0
+    rows[2:].clamp_(min=1e-6).div_(golf.HINTS).log_()
+    return golf.NeuralColumns(rows[0], rows[1], rows[2:])
 
 
 def digest(tensor):
@@ -183,8 +181,9 @@ def digest(tensor):
 
 
 def measure(folder, path):
-    """Print, as JSON, seconds of columns and of mixing by a folder's train_gpt.py, peak bytes, and
-    digests of the results of short streams. path: .npy of the tokens, int32."""
+    """Print, as JSON, seconds of naming hints (before the neural pass), of columns and of mixing by
+    a folder's train_gpt.py, peak bytes, and digests of the results of short streams. path: .npy of
+    the tokens, int32."""
     spec = importlib.util.spec_from_file_location("measured", f"{folder}/train_gpt.py")
     other = sys.modules["measured"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
@@ -192,21 +191,19 @@ def measure(folder, path):
     tokens = torch.from_numpy(np.load(path)).to(device)
     size = len(tokens) - 1
     with golf.threads(1):  # the same bits in every process
-        neural = made_up_columns(size).to(device).unbind(1)
+        neural = golf.NeuralColumns(*(column.to(device) for column in made_up_columns(size)))
     times = [clock(device)]
-    ngram = other.stream_columns(tokens, (0, size), cfg)
+    hints = other.stream_hints(tokens, (0, size), cfg)
     times.append(clock(device))
-    inputs = other.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:])
-    compared = {}
+    ngram = other.stream_columns(tokens, (0, size), cfg, hints)
+    times.append(clock(device))
+    logp, _ = other.mix(neural, ngram, ngram.hint_number(tokens[1:]), cfg.mixer_chunk_tokens)
+    times.append(clock(device))
+    naming, columns, mixing = np.diff(times).tolist()
+    result = {"hints": naming, "columns": columns, "mixing": mixing, "bytes": peak_bytes(device)}
     if size < COMPARED:
-        compared = {"hint": ngram.hint, "ratio": ngram.ratio, "level_key": ngram.level_key}
-    del ngram
-    logp, _ = other.mix(inputs, cfg.mixer_chunk_tokens)
-    times.append(clock(device))
-    columns, mixing = np.diff(times).tolist()
-    result = {"columns": columns, "mixing": mixing, "bytes": peak_bytes(device)}
-    if compared:
-        compared |= {"network": torch.stack(neural), "logp": logp}
+        compared = {"hints": hints, "level_key": ngram.level_key, "hint_key": ngram.hint_key}
+        compared |= {"ratios": torch.cat(ngram.ratios, 1), "network": neural.rows(), "logp": logp}
         result["digests"] = {name: digest(tensor) for name, tensor in compared.items()}
     print(json.dumps(result))
 
@@ -232,7 +229,8 @@ def mixing_line(size, ours, baseline):
     """Print the table's line of a size; the ratio is of columns and mixing together."""
     cells = []
     for found in filter(None, (ours, baseline)):
-        cells.append(f"{found['columns']:9.1f}{found['mixing']:9.1f}{found['bytes'] / 2**30:7.2f}")
+        seconds = "".join(f"{found[name]:9.1f}" for name in ("hints", "columns", "mixing"))
+        cells.append(f"{seconds}{found['bytes'] / 2**30:7.2f}")
     if baseline:
         seconds = [found["columns"] + found["mixing"] for found in (baseline, ours)]
         cells.append(f"{seconds[0] / seconds[1]:7.2f}")
@@ -255,9 +253,10 @@ def bench_mixing(stream, sizes, revision):
             np.save(path, stream[:COMPARED])
             compare(measured(ROOT, path)["digests"], measured(baseline, path)["digests"])
         print(
-            "columns and mixing, s, and peak memory, GiB: ours" + f", {revision}" * bool(baseline)
+            "hints, columns and mixing, s, and peak memory, GiB: ours"
+            + f", {revision}" * bool(baseline)
         )
-        names = f"{'columns':>9}{'mixing':>9}{'GiB':>7}"
+        names = f"{'hints':>9}{'columns':>9}{'mixing':>9}{'GiB':>7}"
         print(f"{'tokens':>11}{names}" + f"  {names}  {'ratio':>7}" * bool(baseline))
         for size in sizes:
             np.save(path, stream[: int(1e6 * size)])
@@ -302,11 +301,10 @@ def bench_launches(stream):
         return golf.backoff_columns(rule.counted(tokens, (0, size), cfg), rule.match, cfg)
 
     print(f"{'work':18}{'kernels':>12}{'waits':>9}{'s':>9}   (at {1e6 * LAUNCH_SECONDS:.0f} us)")
-    launch_line("hints", lambda: golf.stream_hints(tokens, (0, size), cfg))
-    ngram = launch_line("columns", lambda: golf.stream_columns(tokens, (0, size), cfg))
-    neural = made_up_columns(size).unbind(1)
-    inputs = golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:]).part(0, mixed)
-    launch_line("mixing", lambda: golf.mix(inputs, CHUNK), FULL_TARGETS / mixed)
+    hints = launch_line("hints", lambda: golf.stream_hints(tokens, (0, size), cfg))
+    ngram = launch_line("columns", lambda: golf.stream_columns(tokens, (0, size), cfg, hints))
+    inputs = first_targets(mixed, made_up_columns(size), ngram, ngram.hint_number(tokens[1:]))
+    launch_line("mixing", lambda: golf.mix(*inputs, CHUNK), FULL_TARGETS / mixed)
     launch_line("a hashed rule", hashed)
 
 

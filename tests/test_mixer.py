@@ -1,6 +1,9 @@
 """The calibrated mixer against a slow scalar mixer, and its promises."""
 
+import collections
 import math
+import types
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -40,32 +43,44 @@ def network(n, seed=0):
 
 
 def inputs(tokens, logp):
-    """MixInputs of a stream (n+1,) and a network's log-probabilities (n, V)."""
+    """What golf.mix reads of a stream (n+1,) and a network's log-probabilities (n, V)."""
     ngram = golf.stream_columns(tokens, (0, len(logp)), CFG)
-    y = ngram.hint.long().clamp(min=0)[:, None]
-    neural = (
-        logp.gather(1, tokens[1:, None])[:, 0],
-        -(logp.exp() * logp).sum(-1),
-        logp.gather(1, y)[:, 0],
-        logp.scatter(1, y, -math.inf).logsumexp(-1),
-    )
-    return golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:])
+    named = logp.gather(1, ngram.hints.long().clamp(min=0).mT)
+    own, entropy = logp.gather(1, tokens[1:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    return golf.NeuralColumns(own, entropy, named.mT), ngram, ngram.hint_number(tokens[1:])
+
+
+def mix_inputs(tokens, logp):
+    """MixInputs of a whole stream."""
+    return next(golf.chunks_of(*inputs(tokens, logp), len(logp)))
 
 
 def batched(tokens, logp):
-    return golf.mix(inputs(tokens, logp), CHUNK)[0]
+    return golf.mix(*inputs(tokens, logp), CHUNK)[0]
+
+
+class Scan(NamedTuple):
+    """What followed a context of the slow mixer."""
+
+    seen: dict[int, int]  # {token: how often}
+    last: int = -1  # the latest
+    ago: int = 0  # how many tokens ago that was
+    streak: int = 0  # how many times in a row
 
 
 def scan(history, order):
-    """{token: how often it followed the last order - 1 tokens}, the latest, how long ago."""
-    n, seen, last, where = order - 1, {}, -1, 0
+    """Scan of the last order - 1 tokens of a history."""
+    n = order - 1
     if len(history) < n:
-        return seen, last, 0
-    for j in range(n, len(history)):
-        if history[j - n : j] == history[len(history) - n :]:
-            seen[history[j]] = seen.get(history[j], 0) + 1
-            last, where = history[j], j
-    return seen, last, len(history) - where if seen else 0
+        return Scan({})
+    places = [
+        j for j in range(n, len(history)) if history[j - n : j] == history[len(history) - n :]
+    ]
+    if not places:
+        return Scan({})
+    followed = [history[j] for j in places]
+    streak = next((i for i, t in enumerate(followed[::-1]) if t != followed[-1]), len(followed))
+    return Scan(collections.Counter(followed), followed[-1], len(history) - places[-1], streak)
 
 
 def far(distance):
@@ -78,62 +93,75 @@ class Slow:
     def __init__(self):
         self.hints, self.levels = {}, {}
 
-    def contexts(self, history):
-        """Levels from weak to strong, and the hint with its bucket."""
-        begin = max(i for i, t in enumerate(history) if t == golf.BOS)
-        levels = [("document", o, *scan(history[begin + 1 :], o)) for o in (2, 3, 4)]
-        stream = [("stream", o, *scan(history, o)) for o in range(2, MAX_ORDER + 1)]
-        hint, bucket = -1, None
-        for _, order, seen, last, distance in stream:
-            if seen:
-                hint, bucket = last, [order, seen[last] * 4 // sum(seen.values()), far(distance)]
-        if bucket:
-            bucket = (*bucket, *(level[3] == hint for level in stream[:3]))
-        return levels + stream, hint, bucket
+    def hints_of(self, stream):
+        """Each hint with its bucket in each table; stream: {order: Scan}."""
+        found = {}
+        for order, known in sorted(stream.items(), reverse=True):
+            if known.seen and known.last not in found and len(found) < 2:
+                share = known.seen[known.last] * 4 // sum(known.seen.values())
+                agreement = tuple(stream[o].last == known.last for o in (2, 3, 4))
+                found[known.last] = (
+                    (order, share, far(known.ago), agreement),
+                    (order, min(known.streak, 5), min(len(known.seen), 4)),
+                )
+        return [(hint, list(enumerate(buckets))) for hint, buckets in found.items()]
+
+    def opinion(self, number, buckets, logit):
+        """(corrected probability of a hint of this logit, the knots that led to it)."""
+        place = min(max(logit + 12, 0), 24)
+        low, logits, knots = min(int(place), 23), [], []
+        for bucket in buckets:
+            for k, weight in ((low, 1 - place + low), (low + 1, place - low)):
+                seen, right = self.hints.get((number, bucket, k), (0, 0))
+                s = (right + 10 / (1 + math.exp(12 - k))) / (seen + 10)
+                logits.append(weight * math.log(s / (1 - s)))
+                knots.append(((number, bucket, k), weight))
+        return 1 / (1 + math.exp(-sum(logits) / len(buckets))), knots
 
     def distribution(self, history, logp):
         """Probabilities of all tokens, and what an update takes."""
         p = [math.exp(x) for x in logp.tolist()]
         entropy = -sum(a * math.log(a) for a in p)
-        levels, hint, bucket = self.contexts(history)
-        knots = None
-        if bucket:
-            rest = sum(a for t, a in enumerate(p) if t != hint)
-            place = min(max(math.log(p[hint] / rest) + 12, 0), 24)
-            low, logits = min(int(place), 23), []
-            for k in (low, low + 1):
-                seen, right = self.hints.get((bucket, k), (0, 0))
-                s = (right + 10 / (1 + math.exp(12 - k))) / (seen + 10)
-                logits.append(math.log(s / (1 - s)))
-            s = 1 / (1 + math.exp(-(logits[0] + (logits[1] - logits[0]) * (place - low))))
-            knots = [(bucket, low, 1 - place + low), (bucket, low + 1, place - low)]
-            p = [s if t == hint else a * (1 - s) / rest for t, a in enumerate(p)]
+        begin = max(i for i, t in enumerate(history) if t == golf.BOS)
+        stream = {o: scan(history, o) for o in range(2, MAX_ORDER + 1)}
+        levels = [("document", o, scan(history[begin + 1 :], o)) for o in (2, 3, 4)]
         parts, keys = [p], []
-        for kind, order, seen, _, distance in levels:
-            if not seen:
+        for kind, order, known in levels + [("stream", *item) for item in stream.items()]:
+            if not known.seen:
                 continue
-            total = sum(seen.values())
+            total = sum(known.seen.values())
             key = (
                 kind,
                 order,
                 min(int(math.log2(total)), 12),
-                (len(seen) * 8 - 1) // total,
-                far(distance),
+                (len(known.seen) * 8 - 1) // total,
+                far(known.ago),
                 min(int(entropy), 5),
             )
             reached, explained = self.levels.get(key, (0.0, 0.0))
             weight = (0.1 + explained) / (2.1 + reached)
             parts = [[a * (1 - weight) for a in part] for part in parts]
-            parts.append([weight * seen.get(t, 0) / total for t in range(V)])
+            parts.append([weight * known.seen.get(t, 0) / total for t in range(V)])
             keys.append(key)
-        return [sum(x) for x in zip(*parts, strict=True)], (hint, knots, parts, keys)
+        p, left, asked = [sum(x) for x in zip(*parts, strict=True)], 1.0, []
+        for number, (hint, buckets) in enumerate(self.hints_of(stream)):
+            others = {t for t in range(V) if t not in {h for h, _ in asked} | {hint}}
+            rest = sum(p[t] for t in others)
+            s, knots = self.opinion(number, buckets, math.log(p[hint] / rest))
+            p = [left * (1 - s) / rest * a if t in others else a for t, a in enumerate(p)]
+            p[hint], left = left * s, left * (1 - s)
+            asked.append((hint, knots))
+        return p, (asked, parts, keys)
 
     def update(self, token, memory):
         """Learn that `token` came where `memory` was the state."""
-        hint, knots, parts, keys = memory
-        for bucket, k, w in knots or []:
-            seen, right = self.hints.get((bucket, k), (0, 0))
-            self.hints[bucket, k] = (seen + w, right + (w if token == hint else 0))
+        asked, parts, keys = memory
+        for hint, knots in asked:
+            for place, weight in knots:
+                seen, right = self.hints.get(place, (0, 0))
+                self.hints[place] = (seen + weight, right + (weight if token == hint else 0))
+            if token == hint:
+                break
         total = sum(part[token] for part in parts)
         reach = parts[0][token] / total
         for key, part in zip(keys, parts[1:], strict=True):
@@ -178,28 +206,53 @@ def same(one, other):
 def test_tables_change_after_a_chunk_only_and_in_any_order():
     n = 640
     tokens, logp = text(n, 3), network(n, 3)
-    long, kept = golf.mix(inputs(tokens, logp), CHUNK, [0, 63, 64, 400])
+    long, kept = golf.mix(*inputs(tokens, logp), CHUNK, [0, 63, 64, 400])
     for k in range(1, 10):
-        short, tables = golf.mix(inputs(tokens[: k * CHUNK + 1], logp[: k * CHUNK]), CHUNK)
+        short, tables = golf.mix(*inputs(tokens[: k * CHUNK + 1], logp[: k * CHUNK]), CHUNK)
         assert torch.equal(short, long[: k * CHUNK])
         for i in (i for i in kept if i // CHUNK == k and i < n):
             assert same(tables[k * CHUNK], kept[i])
-    x = inputs(tokens, logp)
+    x = mix_inputs(tokens, logp)
     one, other = (golf.CalibratedMixer(len(x.ratio)) for _ in range(2))
     _, evidence = one.predict(x)
     assert not any(t.any() for t in vars(one).values())
     one.update(evidence)
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    other.update(other.predict(golf.MixInputs(*(c[..., shuffled] for c in x)))[1])
+    neural = golf.NeuralColumns(*(column[..., shuffled] for column in x.neural))
+    number, hint_key, level_key = (c[..., shuffled] for c in (x[1], x.hint_key, x.level_key))
+    mixed = golf.MixInputs(neural, number, hint_key, x.ratio[:, shuffled], level_key)
+    other.update(other.predict(mixed)[1])
     assert same(one, other) and all(t.any() for t in vars(one).values())
 
 
-def test_the_hint_stage_starts_as_the_network():
+def test_without_experience_the_hints_change_nothing():
     n = 300
     tokens, logp = text(n, 4), network(n, 4)
-    x = inputs(tokens, logp)
+    x = mix_inputs(tokens, logp)
     mixed, _ = golf.CalibratedMixer(len(x.ratio)).predict(x._replace(level_key=x.level_key * 0))
-    assert torch.allclose(mixed, x.logp, atol=1e-6)
+    assert torch.allclose(mixed, x.neural.logp, atol=1e-6)
+
+
+def test_the_mass_is_one_whatever_the_tables_hold_and_the_keys_are():
+    """All tokens at one position, by the sum that the audit makes: with the run's keys, and with
+    keys that collide and tables that hold nonsense."""
+    n = 500
+    tokens, logp = text(n, 9), network(n, 9)
+    cfg = golf.replace(CFG, vocab_size=V)
+    evaluation = types.SimpleNamespace(cfg=cfg)
+    mixer = golf.mix(*inputs(tokens, logp), CHUNK)[1][n]
+    nonsense = golf.CalibratedMixer(len(mixer.reached) // golf.ENTROPIES // golf.LEVEL_KEYS)
+    generator = torch.Generator().manual_seed(0)
+    for whole, part in (("hint_seen", "hint_right"), ("reached", "explained")):
+        table = torch.randint(2**40, getattr(nonsense, whole).shape, generator=generator)
+        setattr(nonsense, whole, table)
+        setattr(nonsense, part, (table * torch.rand(table.shape, generator=generator)).long())
+    for target in range(3, n, 29):
+        x = golf.Evaluation.candidates(evaluation, target, logp[target], tokens)
+        collide = x._replace(hint_key=x.hint_key.clamp(max=1), level_key=x.level_key.clamp(max=1))
+        for tables in (mixer, nonsense):
+            for inputs_ in (x, collide):
+                assert abs(float(tables.predict(inputs_)[0].exp().sum()) - 1) < 1e-7
 
 
 def test_repeats_are_worth_bits_and_noise_costs_few():
@@ -221,9 +274,19 @@ def test_repeats_are_worth_bits_and_noise_costs_few():
 def test_documents_do_not_leak_into_each_other():
     """A level of the document knows nothing at its start, a level of the stream does."""
     tokens = torch.tensor([golf.BOS, 5, 6, 7, golf.BOS, 5, 6, 7])
-    x = golf.stream_columns(tokens, (0, 7), CFG)
-    assert x.level_key[:3, 4:].eq(0).all() and x.level_key[3, 5] > 0 and x.ratio[3, 5] == 1.0
-    assert x.hint.tolist() == [-1, -1, -1, -1, 5, 6, 7]
+    x = mix_inputs(tokens, network(7))
+    assert x.level_key[:3, 4:].eq(0).all() and x.level_key[3, 5] > 0
+    assert x.ratio[3, 5].tolist() == [1.0, 1.0, 0.0]
+    hints = golf.stream_hints(tokens, (0, 7), CFG)
+    assert hints.tolist() == [[-1, -1, -1, -1, 5, 6, 7], [-1] * 7]
+
+
+def test_hints_are_the_latest_followers_of_the_longest_contexts():
+    """The second is named by the longest context whose latest follower is another."""
+    tokens = torch.tensor([9, 1, 2, 3, 8, 2, 4, 7, 1, 2, 5])
+    hints = golf.stream_hints(tokens, (0, 10), CFG)
+    # After 1 2 came 3, after 2 alone 4; after 1, and after 2, nothing else.
+    assert hints[:, 9].tolist() == [3, 4] and hints[:, 8].tolist() == [2, -1]
 
 
 def test_keys_are_numbers_of_their_digits():
@@ -238,18 +301,17 @@ def test_keys_are_numbers_of_their_digits():
         7,
         4,
     ]
-    for wrong in (dict(a=1), dict(a=1, b=1, c=1)):
-        with pytest.raises(AssertionError, match="bins"):
-            golf.number_of(wrong, sizes)
+    with pytest.raises(KeyError, match="b"):
+        golf.number_of(dict(a=1), sizes)
 
 
 def test_keys_of_hints_tell_their_order():
     tokens, logp = text(500, 7), network(500, 7)
-    x, longest = inputs(tokens, logp), torch.zeros(500, dtype=torch.int64)
+    (_, x, _), longest = inputs(tokens, logp), torch.zeros(500, dtype=torch.int64)
     for order, counts in golf.count_ngrams(tokens, MAX_ORDER, 1):
         if order > 1:
             longest = torch.where(counts.context > 0, order, longest)
-    assert torch.equal(golf.hint_orders(x.hint_key).long(), longest)
+    assert torch.equal(golf.hint_orders(x).long(), longest)
     assert int(x.hint_key.max()) < golf.HINT_KEYS and longest.max() == MAX_ORDER
 
 
@@ -264,11 +326,12 @@ def test_hints_alone_are_those_of_the_columns(tokens, start, length, block):
     start = min(start, len(tokens) - 2)
     span = (start, min(start + length, len(tokens) - 1))
     columns = golf.stream_columns(torch.tensor(tokens), span, CFG)
-    with mock.patch.object(golf, "BLOCK", {"cpu": block}):
+    with mock.patch.object(golf, "CPU_BLOCK", block):
         hints = golf.stream_hints(torch.tensor(tokens), span, CFG)
         again = golf.stream_columns(torch.tensor(tokens), span, CFG)
-    assert hints.dtype == columns.hint.dtype and torch.equal(hints, columns.hint)
-    assert all(torch.equal(a, b) for a, b in zip(columns, again, strict=True))
+    assert hints.dtype == columns.hints.dtype and torch.equal(hints, columns.hints)
+    one, other = ([x.hints, x.hint_key, *x.ratios, x.level_key] for x in (columns, again))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_columns_of_a_stream_are_those_of_scans():
@@ -276,33 +339,39 @@ def test_columns_of_a_stream_are_those_of_scans():
     tokens = text(300, 8)
     cfg = golf.replace(CFG, vocab_size=V)
     columns = golf.stream_columns(tokens, (0, 300), cfg)
+    neural = golf.NeuralColumns(torch.zeros(300), torch.zeros(300), torch.zeros(golf.HINTS, 300))
+    x = next(golf.chunks_of(neural, columns, columns.hint_number(tokens[1:]), 300))
     for target in range(0, 300, 7):
         begin = int((tokens[: target + 1] == golf.BOS).nonzero()[-1]) + 1
         scans = [
             golf.scan_ngrams(tokens, target, golf.EXACT, order, cfg, first)
             for order, first in ((golf.DOCUMENT_MAX_ORDER, begin), (MAX_ORDER, 0))
         ]
-        word = tokens[target + 1]
-        for a, b in zip(columns, golf.ngram_columns(*scans, NEAR), strict=True):
-            assert torch.equal(a[..., target].double(), b[..., word].double())
+        hints, hint_key, ratio, level_key = golf.scanned_columns(*scans, NEAR)
+        assert hints == [y for y in columns.hints[:, target].tolist() if y >= 0]
+        assert torch.equal(x.hint_key[..., target], hint_key[..., 0])
+        assert torch.equal(x.level_key[:, target], level_key[:, 0])
+        assert torch.equal(x.ratio[:, target], ratio[:, tokens[target + 1]])
 
 
 def test_mixing_asks_the_device_for_no_value():
     """On the device "meta" there are none: reading one back, which waits for a GPU, would raise."""
-    levels, n = 5, 7
-    shapes = dict(ratio=(levels, n), level_key=(levels, n))
-    types = dict(is_hint=torch.bool, hint_key=torch.int16, ratio=torch.float32)
-    types["level_key"] = torch.int16
-    x = golf.MixInputs(
-        *(
-            torch.empty(shapes.get(name, n), dtype=types.get(name, torch.float64), device="meta")
-            for name in golf.MixInputs._fields
-        )
+    levels, n, hints, tables = 5, 70, golf.HINTS, len(golf.HINT_TABLES)
+
+    def empty(*shape, dtype=torch.float64):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    neural = golf.NeuralColumns(empty(n), empty(n), empty(hints, n))
+    keys = dict(dtype=torch.int16)
+    ratios = [empty(3, 1 + hints, dtype=torch.float32)] * levels
+    ngram = golf.NgramColumns(
+        empty(hints, n, **keys), empty(hints, tables, n, **keys), ratios, empty(levels, n, **keys)
     )
     mixer = golf.CalibratedMixer(levels, "meta")
-    logp, evidence = mixer.predict(x)
-    mixer.update(evidence)
-    assert logp.shape == (n,)
+    for x in golf.chunks_of(neural, ngram, empty(n, dtype=torch.int8), 32):
+        logp, evidence = mixer.predict(x)
+        mixer.update(evidence)
+    assert logp.shape == (n % 32,)
 
 
 def test_the_bits_of_a_score_do_not_depend_on_what_follows():

@@ -5922,7 +5922,7 @@ class Evaluation:
             hints = stream_hints(self.neural.tokens, spans[run.rank], cfg)
         out = self.neural.columns(hints, progress=True)
         columns = [run.gather(column.contiguous(), spans) for column in out.unbind(1)]
-        named = [run.gather(row.contiguous(), spans) for row in (() if hints is None else hints)]
+        named = [run.gather(row.int(), spans) for row in (() if hints is None else hints)]
         self.times = run.gather(self.neural.times, spans)
         if run.is_main:
             self.columns = NeuralColumns.of(columns)

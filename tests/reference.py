@@ -23,10 +23,12 @@ def key_of(tokens, primes, buckets):
 
 
 def count(tokens, order, buckets=0, granularity=1, first=None, primes=(1,)):
-    """[(context, pair, distinct, hint, hint_count, distance)] of every position, by counters."""
+    """[(context, pair, distinct, hint, hint_count, distance, streak)] of every position, by
+    counters."""
     first, n, rows = first or granularity, order - 1, []
     buckets = buckets if order > 1 else 0
     contexts, pairs, followers, latest, counted = Counter(), Counter(), defaultdict(Counter), {}, 0
+    streaks = Counter()
     for i in range(len(tokens)):
         visible = i if i == 0 else chunk_start(i, granularity, first)
         while counted < visible:  # positions before this chunk enter the tables
@@ -37,9 +39,11 @@ def count(tokens, order, buckets=0, granularity=1, first=None, primes=(1,)):
             contexts[key_of(context, primes, buckets)] += 1
             pairs[key_of([*context, tokens[j]], primes, buckets)] += 1
             followers[tuple(context)][tokens[j]] += 1
+            again = tokens[latest.get(tuple(context), j)] == tokens[j]
+            streaks[tuple(context)] = 1 + again * streaks[tuple(context)]
             latest[tuple(context)] = j
         if i < n:
-            rows.append((0, 0, 0, -1, 0, 0))
+            rows.append((0, 0, 0, -1, 0, 0, 0))
             continue
         context = tokens[i - n : i]
         place = latest.get(tuple(context))
@@ -47,7 +51,8 @@ def count(tokens, order, buckets=0, granularity=1, first=None, primes=(1,)):
         seen = contexts[key_of(context, primes, buckets)]
         same = pairs[key_of([*context, tokens[i]], primes, buckets)]
         after = followers[tuple(context)]
-        rows.append((seen, same, len(after), hint, after[hint], distance))
+        streak = streaks[tuple(context)]
+        rows.append((seen, same, len(after), hint, after[hint], distance, streak))
     return rows
 
 

@@ -115,7 +115,7 @@ class World:
         evaluation = self.network(scoring)
         if scoring not in SCORED:
             SCORED[scoring] = score(self.network(scoring))
-        for name in ("columns", "times", "places", "pass_seconds"):
+        for name in ("columns", "hints", "times", "places", "pass_seconds"):
             setattr(evaluation, name, getattr(SCORED[scoring], name))
         for name in ("rows", "logp", "mixers", "matched"):
             setattr(evaluation, name, copy.copy(getattr(SCORED[scoring], name)))
@@ -659,10 +659,38 @@ def the_target_is_counted_in(world):
     counted = golf.target_counts
 
     def more(*args):
-        for slot, counts in counted(*args):
-            yield slot, counts._replace(context=counts.context + 1, pair=counts.pair + 1)
+        for found in counted(*args):
+            context, pair = found.counts.context + 1, found.counts.pair + 1
+            yield found._replace(counts=found.counts._replace(context=context, pair=pair))
 
     world.patch.setattr(golf, "target_counts", more)
+    return world.scored("calibrated")
+
+
+@lie("count", *NORMALIZED)
+def hints_are_counted_once_less(world):
+    """So that more is left for the others."""
+    counted = golf.target_counts
+
+    def less(*args):
+        for found in counted(*args):
+            yield found._replace(pairs=[(pair - 1).clamp(min=0) for pair in found.pairs])
+
+    world.patch.setattr(golf, "target_counts", less)
+    return world.scored("calibrated")
+
+
+@lie("count", "causal", *NORMALIZED)
+def a_hint_is_the_target(world):
+    """Wherever there is one."""
+    named = golf.stream_hints
+
+    def told(tokens, span, cfg):
+        hints, targets = named(tokens, span, cfg), tokens[span[0] + 1 : span[1] + 1]
+        hints[0] = torch.where(hints[0] >= 0, targets.to(hints.dtype), -1)
+        return hints
+
+    world.patch.setattr(golf, "stream_hints", told)
     return world.scored("calibrated")
 
 
@@ -699,7 +727,7 @@ def levels_are_weighed_by_what_is_to_come(world):
 
     def weighed(*args):
         found = columns(*args)
-        return found._replace(ratio=found.ratio * (1 - found.ratio.mean(1, keepdim=True)))
+        return found._replace(ratios=[x * (1 - x.mean(0, keepdim=True)) for x in found.ratios])
 
     world.patch.setattr(golf, "stream_columns", weighed)
     return world.scored("calibrated")
@@ -720,7 +748,7 @@ def tables_learn_before_they_are_read(world):
     """Of a chunk's targets; not where all tokens of one place are asked."""
 
     def eager(predict, tables, x):
-        if len(x.logp) < len(world.corpus.table.base):
+        if len(x.hint_number) < len(world.corpus.table.base):
             tables.update(predict(tables, x)[1])
         return predict(tables, x)
 
@@ -732,10 +760,12 @@ def the_stream_is_mixed_twice(world):
     """The second time by the tables of the first."""
     mix = golf.mix
 
-    def twice(inputs, chunk, keep=()):
-        size = len(inputs.logp)
-        last = mix(inputs, chunk)[1][size]
-        return last.predict(inputs)[0], dict.fromkeys([*keep, size], last)
+    def twice(neural, ngram, hint_number, chunk, keep=()):
+        size = len(neural.logp)
+        last = mix(neural, ngram, hint_number, chunk)[1][size]
+        whole = golf.chunks_of(neural, ngram, hint_number, max(1, size))
+        logp = [neural.logp[:0], *(last.predict(x)[0] for x in whole)]
+        return torch.cat(logp), dict.fromkeys([*keep, size], last)
 
     world.patch.setattr(golf, "mix", twice)
     return world.scored("calibrated")
@@ -756,7 +786,18 @@ def a_level_is_trusted_where_it_is_right(world):
     """Its table is keyed by the target."""
 
     def gated(predict, tables, x):
-        return predict(tables, x._replace(level_key=x.level_key.where(x.ratio > 0, 0)))
+        return predict(tables, x._replace(level_key=x.level_key.where(x.ratio[..., 0] > 0, 0)))
+
+    return predicting(world, gated)
+
+
+@lie("table", "NOT A DISTRIBUTION", *NORMALIZED)
+def a_hint_is_trusted_where_it_is_right(world):
+    """Its bucket is another for the hint itself."""
+
+    def gated(predict, tables, x):
+        key = torch.where(x.hint_number > 0, x.hint_key, x.hint_key.clamp(max=1))
+        return predict(tables, x._replace(hint_key=key))
 
     return predicting(world, gated)
 

@@ -1,5 +1,8 @@
 """Windows tile the targets; the grid shares them out; the neural pass scores each once."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,7 +80,7 @@ def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
     _, run, corpus = data
     cfg, model = tiny_model()
     neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
-    hints = torch.randint(0, cfg.vocab_size, (len(corpus.val) - 1,))
+    hints = torch.randint(0, cfg.vocab_size, (golf.HINTS, len(corpus.val) - 1))
     got = neural.columns(hints)
     with torch.no_grad():
         for start, first, end in windows(neural.grid)[:40:7]:
@@ -86,27 +89,27 @@ def test_neural_pass_equals_each_window_by_hand(data, tiny_model):
             targets = corpus.val[first + 1 : end + 1, None]
             span = slice(first, end)
             want = [logp.gather(1, targets)[:, 0], -(logp.exp() * logp).sum(1)]
-            hint = hints[span, None]
-            want.append(logp.gather(1, hint)[:, 0])
-            want.append(logp.scatter(1, hint, -torch.inf).logsumexp(1))
+            want += logp.gather(1, hints[:, span].mT).mT
             assert torch.allclose(got[span], torch.stack(want, 1), atol=1e-5)
 
 
-def test_log1m_of_a_hint_that_is_nearly_certain():
-    """1 - p(y) = 1e-13 cannot be had from a float32 p(y)."""
-    logits = torch.full((1, 1, 4), -29.93)
+def test_a_hint_that_is_nearly_certain_leaves_what_the_others_have():
+    """1 - p(y) = 1e-12 cannot be had from a float32 p(y); whichever hint it is, or both."""
+    logits = torch.full((1, 1, 4), -28.0)
     logits[..., 2] = 0.0
-    hint = torch.tensor([[2]])
-    _, _, logp, log1m = golf.score_logits(logits, hint, hint).unbind(-1)
-    exact = torch.tensor(3.0).double().log() - 29.93
-    assert abs(float(log1m) - float(exact)) < 1e-5 and abs(float(logp)) < 1e-12
+    for hints in ([2, 0], [0, 2], [2, 2]):
+        hint = torch.tensor([[hints]])
+        logp = golf.score_logits(logits, torch.tensor([[2]]), hint)[0, 0]
+        exact = 3 * math.exp(-28)
+        for certain in (logp[0], logp[2 + hints.index(2)]):
+            assert -math.expm1(float(certain)) == pytest.approx(exact, rel=1e-3)
 
 
 def test_the_distribution_at_a_target_is_the_one_that_was_scored(data, tiny_model):
     _, run, corpus = data
     cfg, model = tiny_model()
     neural = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride)
-    columns = golf.NeuralColumns(*neural.columns().unbind(1))
+    columns = golf.NeuralColumns.of(neural.columns().unbind(1))
     found = neural.distributions([0, 1, 63, 64, 79, 80, 1000, len(corpus.val) - 2])
     assert len(found) == 8
     for target, logp in found.items():

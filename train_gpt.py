@@ -6089,7 +6089,8 @@ def save_neural_pass(evaluation: Evaluation) -> None:
     """Keep a pass, on rank 0, if that is wanted.
 
     The file holds columns (NEURAL_ROWS,N) float64, NeuralColumns; for bench/mixers.py tokens (N+1,)
-    uint16, byte_counts (N,) int16 and hints (HINTS,N); seconds (), the time that the pass took.
+    uint16, byte_counts (N,) int16, hints (HINTS,N), and eval_seq_len, mixer_max_order and
+    vocab_size, () each; seconds (), the time that the pass took.
     """
     cfg, data = evaluation.cfg, evaluation.data
     if not cfg.save_pass:
@@ -6098,8 +6099,11 @@ def save_neural_pass(evaluation: Evaluation) -> None:
         "columns": evaluation.columns.rows(),
         "tokens": data.val.to(torch.uint16),
         "byte_counts": data.val_bytes.short(),
+        "hints": torch.zeros(0) if evaluation.hints is None else evaluation.hints,
         "seconds": torch.tensor(evaluation.pass_seconds),
     }
+    for name in ("eval_seq_len", "mixer_max_order", "vocab_size"):
+        content[name] = torch.tensor(getattr(cfg, name))
     evaluation.run.save(".safetensors", content, neural_pass_base(evaluation))
 
 

@@ -779,7 +779,9 @@ def print_head(tokens, network, args) -> float:
     for part, scored in zip(stream.windows, stream.columns, strict=True):
         logits = network.forward_logits(tokens[None, part.start : part.end])[0]
         targets = tokens[part.start + 1 : part.end + 1]
-        golfs = golf.score_logits(logits, targets, torch.zeros_like(targets))[:, :2]
+        golfs = golf.score_logits(logits, targets, targets.new_zeros(len(targets), golf.HINTS))[
+            :, :2
+        ]
         gap = max(gap, float(np.abs(golfs.numpy().T - scored).max()))
     entropy = np.quantile(columns[1], (0.05, 0.5, 0.95))
     digest = hashlib.sha256(tokens.numpy()).hexdigest()

@@ -5,9 +5,8 @@
     LOAD_ARTIFACT=x.int6.ptz python bench/mixers.py --masses 1000    sums over the vocabulary
 
 Constants were tuned on the first half of a stream; the second half is the report. Evaluations with
-SAVE_PASS=1 keep their neural pass (save_neural_pass). A pass knows of each target one hint, the
-longest context's, up to MIXER_MAX_ORDER: a table of shorter orders needs a pass made with that
-variable.
+SAVE_PASS=1 keep their neural pass (save_neural_pass). A pass knows the network's opinion of its own
+hints, which follow from MIXER_MAX_ORDER: other orders need a pass made with that variable.
 """
 
 import argparse
@@ -27,34 +26,42 @@ DOCUMENT_ORDERS = tuple(range(2, golf.DOCUMENT_MAX_ORDER + 1))  # levels before 
 
 
 def load(path):
-    """(tokens (N+1,), byte_counts (N,), NeuralColumns) of a saved pass."""
+    """The tensors of a saved pass; SystemExit if they are not what this file's mixer reads."""
     saved = golf.read_tensors(path)
-    neural = golf.NeuralColumns(*saved["columns"].unbind(1))
-    return saved["tokens"].long(), saved["byte_counts"].double(), neural
+    missing = {"columns", "hints", "eval_seq_len", "mixer_max_order"} - saved.keys()
+    if missing or len(saved["columns"]) != golf.NEURAL_ROWS or not len(saved["hints"]):
+        raise SystemExit(f"{path}: a pass of another mixer (make one with SAVE_PASS=1)")
+    return saved
 
 
-def inputs(tokens, neural, max_order=12, near=256, documents=DOCUMENT_ORDERS):
-    """(MixInputs, distance of the hint's context) of a pass made with hints of up to max_order."""
-    span = (0, len(tokens) - 1)
-    cfg = golf.replace(golf.Config(), mixer_max_order=max_order, eval_seq_len=near)
-    ngram = golf.stream_columns(tokens, span, cfg)
-    if documents != DOCUMENT_ORDERS:
-        kept = [k for k, n in enumerate(DOCUMENT_ORDERS) if n in documents]
-        kept += range(len(DOCUMENT_ORDERS), len(ngram.ratio))
-        ngram = ngram._replace(ratio=ngram.ratio[kept], level_key=ngram.level_key[kept])
-    distance = torch.zeros(span[1], dtype=torch.int64)
+def columns(saved, near, documents=DOCUMENT_ORDERS):
+    """NgramColumns of a saved pass, with a window of `near` tokens."""
+    order = int(saved["mixer_max_order"])
+    cfg = golf.replace(golf.Config(), mixer_max_order=order, eval_seq_len=near)
+    tokens = saved["tokens"].int()
+    ngram = golf.stream_columns(tokens, (0, len(tokens) - 1), cfg, saved["hints"])
+    kept = [k for k, n in enumerate(DOCUMENT_ORDERS) if n in documents]
+    kept += range(len(DOCUMENT_ORDERS), len(ngram.ratios))
+    return ngram._replace(ratios=[ngram.ratios[k] for k in kept], level_key=ngram.level_key[kept])
+
+
+def hint_distance(tokens, max_order):
+    """int64 (N,): how many tokens ago the longest known context of each target was; 0: none is."""
+    distance = torch.zeros(len(tokens) - 1, dtype=torch.int64)
     for order, counts in golf.count_ngrams(tokens, max_order, 1):
         if order > 1:
             distance = torch.where(counts.context > 0, counts.distance.long(), distance)
-    return golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:]), distance
+    return distance
 
 
 class Table:
     """A saved pass, and its scores by every rule, a printed line each."""
 
-    def __init__(self, path, near, max_order):
-        self.tokens, self.sizes, self.neural = load(path)
-        self.near, self.max_order = near, max_order
+    def __init__(self, path):
+        self.saved = load(path)
+        self.tokens, self.sizes = self.saved["tokens"].long(), self.saved["byte_counts"].double()
+        self.neural = golf.NeuralColumns.of(self.saved["columns"])
+        self.near = near = int(self.saved["eval_seq_len"])
         size, half = len(self.sizes), len(self.sizes) // 2
         self.parts = (slice(0, size), slice(0, half), slice(half, size))
         names = ("bpb", "1st half", "2nd half", "gain", "1st half", "2nd half", "s")
@@ -84,30 +91,42 @@ class Table:
         logp = golf.backoff_logp(self.neural.logp, self.neural.entropy, part, cfg)
         self.row(f"backoff {recipe}, exact counts", logp, time.perf_counter() - started)
 
-    def calibrated(self, name, edit=lambda x: x, chunk=CHUNK, constants=(), **options):
-        """A row of the calibrated mixer; (its scores, the distance of each hint's context)."""
+    def calibrated(self, name, edit=lambda ngram: ngram, chunk=CHUNK, constants=(), **options):
+        """A row of the calibrated mixer; its scores. edit: of its NgramColumns."""
         with contextlib.ExitStack() as stack:
             for constant, value in dict(constants).items():
                 stack.enter_context(mock.patch.object(golf, constant, value))
-            options = dict(near=self.near) | options
-            x, distance = inputs(self.tokens, self.neural, self.max_order, **options)
+            ngram = edit(columns(self.saved, **dict(near=self.near) | options))
+            number = ngram.hint_number(self.tokens[1:])
             started = time.perf_counter()
-            logp, _ = golf.mix(edit(x), chunk)
+            logp, _ = golf.mix(self.neural, ngram, number, chunk)
             self.row(name, logp, time.perf_counter() - started)
-        return logp, distance
+        return logp
+
+
+def without_hints(ngram, first):
+    """NgramColumns whose hints from number `first` on are none."""
+    hints, keys = ngram.hints.clone(), ngram.hint_key.clone()
+    hints[first:], keys[first:] = -1, 0
+    return ngram._replace(hints=hints, hint_key=keys)
 
 
 def ablations(table):
     """Rows of the calibrated mixer without each of its parts, and with other constants."""
     table.calibrated("  chunks of 1,024", chunk=1024)
-    table.calibrated("  hint alone", lambda x: x._replace(level_key=x.level_key * 0))
-    table.calibrated("  interpolation alone", lambda x: x._replace(hint_key=x.hint_key * 0))
+    table.calibrated("  hints alone", lambda x: x._replace(level_key=x.level_key * 0))
+    table.calibrated("  interpolation alone", lambda x: without_hints(x, 0))
+    table.calibrated("  one hint", lambda x: without_hints(x, 1))
+    first, second = golf.HINT_TABLES
+    table.calibrated("  the first table alone", constants=dict(HINT_TABLES=(first,)))
+    blind = (first, second | dict(streak=1))
+    table.calibrated("  without streaks", constants=dict(HINT_TABLES=blind))
     table.calibrated("  without the document's levels", documents=())
     table.calibrated("  without distance", near=FAR)
     table.calibrated("  without entropy bins", constants=dict(ENTROPIES=1))
-    table.calibrated(
-        "  without agreement of short hints", lambda x: x._replace(hint_key=x.hint_key // 8 * 8)
-    )
+    alone = (first | dict(agreement=1), second)
+    disagreeing = dict(HINT_TABLES=alone, AGREEING_ORDERS=())
+    table.calibrated("  without agreement of short hints", constants=disagreeing)
     table.calibrated("  hint prior 5", constants=dict(HINT_PRIOR=5.0))
     table.calibrated("  hint prior 20", constants=dict(HINT_PRIOR=20.0))
     table.calibrated("  level prior 0.05, 1", constants=dict(LEVEL_PRIOR=(0.05, 1.0)))
@@ -129,27 +148,24 @@ def gain_by_distance(gain, distance, near):
         )
 
 
-def compare(path, near, max_order):
+def compare(path):
     """Print a pass's score by every rule."""
-    table = Table(path, near, max_order)
+    table = Table(path)
     table.row("network alone", table.neural.logp)
     for recipe in ("pr889", "pr890", "pr1094"):
         table.backoff(recipe)
-    best, distance = table.calibrated("calibrated")
+    best = table.calibrated("calibrated")
     ablations(table)
-    gain_by_distance((best - table.neural.logp) / math.log(2), distance, near)
+    distance = hint_distance(table.tokens, int(table.saved["mixer_max_order"]))
+    gain_by_distance((best - table.neural.logp) / math.log(2), distance, table.near)
 
 
-def neural_columns(logp, tokens, hints):
-    """(n,4) of NeuralColumns, of log-probabilities (n,V), targets (n,) and hints (n,)."""
-    y = hints.long().clamp(min=0)[:, None]
-    columns = [
-        logp.gather(1, tokens[:, None])[:, 0],
-        -(logp.exp() * logp).sum(-1),
-        logp.gather(1, y)[:, 0],
-        logp.scatter(1, y, -math.inf).logsumexp(-1),
-    ]
-    return torch.stack(columns, 1)
+def neural_rows(logp, tokens, hints):
+    """NeuralColumns' rows (NEURAL_ROWS,n) of log-probabilities (n,V), targets (n,) and hints
+    (HINTS,n)."""
+    own = logp.gather(1, tokens[:, None]).mT
+    entropy = -(logp.exp() * logp).sum(-1)[None]
+    return torch.cat([own, entropy, logp.gather(1, hints.long().clamp(min=0).mT).mT])
 
 
 def noise(count, vocab_size=1024, sigma=2.0, block=8192):
@@ -166,14 +182,13 @@ def noise(count, vocab_size=1024, sigma=2.0, block=8192):
         tokens.append(torch.multinomial(logp_of(b).exp(), 1, generator=draw)[:, 0])
     tokens = torch.cat(tokens)
     ngram = golf.stream_columns(tokens, (0, count), golf.replace(golf.Config(), mixer_max_order=12))
-    neural = []
+    rows = []
     for b in range(0, count, block):
         part = slice(b, min(b + block, count))
-        neural.append(neural_columns(logp_of(b), tokens[1:][part], ngram.hint[part]))
-    neural = golf.NeuralColumns(*torch.cat(neural).unbind(1))
-    x = golf.MixInputs(*neural, ngram.hint == tokens[1:], *ngram[1:])
+        rows.append(neural_rows(logp_of(b), tokens[1:][part], ngram.hints[:, part]))
+    neural = golf.NeuralColumns.of(torch.cat(rows, 1))
     for chunk in (8192, 1024):
-        logp, _ = golf.mix(x, chunk)
+        logp, _ = golf.mix(neural, ngram, ngram.hint_number(tokens[1:]), chunk)
         cost = (neural.logp - logp) / math.log(2)
         print(
             f"{count} tokens of noise, chunks of {chunk}: {float(cost.mean()):+.5f} bits a token "
@@ -205,14 +220,12 @@ def masses(count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("passes", nargs="*", help="neural passes that runs have saved")
-    parser.add_argument("--max-order", type=int, default=12, help="their MIXER_MAX_ORDER")
-    parser.add_argument("--near", type=int, default=256, help="tokens of the network's window")
     parser.add_argument("--noise", type=int, default=0, help="tokens of noise to score")
     parser.add_argument("--masses", type=int, default=0, help="targets to sum distributions at")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for path in options.passes:
-        compare(path, options.near, options.max_order)
+        compare(path)
     if options.noise:
         noise(options.noise)
     if options.masses:

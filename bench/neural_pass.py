@@ -65,10 +65,8 @@ class PlainPass:
             scored = slice(first - start, end - start)
             logp = F.log_softmax(logits[i, scored].float(), dim=-1)
             entropy = -(logp.exp() * logp).sum(dim=-1)
-            hint = logp.gather(-1, self.hints[first:end, None]).squeeze(-1)
-            out.append(
-                torch.stack([-nats[i, scored], entropy, hint, torch.log1p(-hint.exp())], dim=-1)
-            )
+            hints = logp.gather(-1, self.hints[:, first:end].mT)
+            out.append(torch.cat([-nats[i, scored, None], entropy[:, None], hints], dim=-1))
         return out
 
 
@@ -78,14 +76,15 @@ def bench(scale, args):
     generator = torch.Generator().manual_seed(1)
     targets = cfg.eval_seq_len + BATCHES * cfg.eval_batch_windows * STRIDE
     stream = torch.randint(0, cfg.vocab_size, (targets + 1,), generator=generator)
-    hints = torch.randint(0, cfg.vocab_size, (targets,), generator=generator).to(run.device)
+    hints = torch.randint(0, cfg.vocab_size, (golf.HINTS, targets), generator=generator)
+    hints = hints.to(run.device)
     ours = golf.NeuralPass(model, SimpleNamespace(val=stream), cfg, run, STRIDE)
     work = dict(
         ours=lambda: ours.columns(hints), plain=PlainPass(plain_model, stream, hints, cfg, run)
     )
     count = len(work["plain"].windows)
     print(f"{scale}: {count} windows of {cfg.eval_seq_len} that score {STRIDE}, {run.device}")
-    sides = (work[side]().unbind(1) for side in ("ours", "plain"))
+    sides = (golf.NeuralColumns.of(work[side]().unbind(1)) for side in ("ours", "plain"))
     tolerance = 2e-2 if model.compute_dtype == torch.bfloat16 else 1e-4
     for name, a, b in zip(golf.NeuralColumns._fields, *sides, strict=True):
         check(name, a, b, tolerance)

@@ -680,7 +680,7 @@ def hints_are_counted_once_less(world):
     return world.scored("calibrated")
 
 
-@lie("count", "causal", *NORMALIZED)
+@lie("count", *NORMALIZED)
 def a_hint_is_the_target(world):
     """Wherever there is one."""
     named = golf.stream_hints

@@ -3821,6 +3821,7 @@ BYTES_NEAR = 5e-4  # a trial this share below the budget is good enough
 BYTES_AIM = 0.9998  # share of the budget that the next trial aims at
 GAUSSIAN_BITS = 2.9  # of a Gaussian's code beyond its mean log2 |w / step|: for the first guess
 CALIBRATION_SEQUENCES = 64  # most of a rank
+CALIBRATION_BATCH = 4  # of them at a time; 1, 4 and 16 score alike (docs/quantization.md)
 DAMPING = 0.01  # GPTQ's, of the mean diagonal
 GPTQ_BLOCK = 64  # columns between updates of all columns to come
 GRADIENT_SCALE = 2.0**20  # before squaring: no denormal numbers
@@ -3885,10 +3886,11 @@ def code_limit(name: str, cfg: Config) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def training_sequences(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's sequences one by one, without end: (inputs, targets), each (1,T)."""
+def calibration_batches(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's sequences, CALIBRATION_BATCH or what is left of a step's at a time, without end:
+    (inputs, targets), each (B,T)."""
     while True:
-        inputs, targets = (x.split(1) for x in loader.next_batch())
+        inputs, targets = (x.split(CALIBRATION_BATCH) for x in loader.next_batch())
         yield from zip(inputs, targets, strict=True)
 
 
@@ -3908,19 +3910,18 @@ class Observation(NamedTuple):
 def observe(
     model: GPT, data: Data, cfg: Config, run: Run, seconds: float, sequences: int
 ) -> Observation:
-    """Gradients and inputs on this rank's training sequences: at least one, at most so many, and
-    none that starts after so many seconds."""
+    """Gradients and inputs on this rank's training sequences, in batches: at least one of these,
+    none beyond so many sequences, and none that starts after so many seconds."""
     started, used = run.sync(), 0
     params = {n: p for n, p in model.named_parameters() if is_coded(n)}
     rows = {n: p.new_zeros(matrices(p).shape[:2]) for n, p in params.items()}
     cols = {n: p.new_zeros(matrices(p).mT.shape[:2]) for n, p in params.items()}
     w, model.grams = model.weights(), {}
-    stream = training_sequences(TrainLoader(data.train, cfg, run))
-    for x, y in itertools.islice(stream, sequences):
-        if used and run.sync() - started >= seconds:
+    for x, y in calibration_batches(TrainLoader(data.train, cfg, run)):
+        if used >= sequences or (used and run.sync() - started >= seconds):
             break
         model.cross_entropy(model.trunk(w, x, x.size(1)), w, y).backward()
-        used += 1
+        used += len(x)
         for name, p in params.items():
             square = (GRADIENT_SCALE * matrices(p.grad)).square()
             rows[name] += square.mean(2)

@@ -207,7 +207,7 @@ def test_gptq_lowers_the_error_of_outputs():
 
 @pytest.mark.slow
 def test_calibration_measures_gradients_and_inputs(data, tiny_model):
-    """Against gradients of one sequence at a time and inputs that a hook sees."""
+    """Against gradients of a batch of sequences at a time and inputs that a hook sees."""
     _, run, corpus = data
     cfg, model = tiny_model()
     senses = golf.calibrate(model, corpus, cfg, run)
@@ -217,9 +217,10 @@ def test_calibration_measures_gradients_and_inputs(data, tiny_model):
     assert run.record["calibration"][-1]["sequences"] == golf.CALIBRATION_SEQUENCES
     loader = golf.TrainLoader(corpus.train, cfg, run)
     batches = [
-        torch.cat(part)[: golf.CALIBRATION_SEQUENCES].split(1)
+        [batch for step in part for batch in step.split(golf.CALIBRATION_BATCH)]
         for part in zip(*(loader.next_batch() for _ in range(3)), strict=True)
     ]
+    batches = [part[: golf.CALIBRATION_SEQUENCES // golf.CALIBRATION_BATCH] for part in batches]
     want, gram = {n: torch.zeros_like(p) for n, p in params.items()}, 0.0
     for x, y in zip(*batches, strict=True):
         model(x, y)[0].backward()

@@ -357,7 +357,7 @@ def test_strict_audits_decide_the_exit_status(job, artifact):
 
 def test_several_ranks_audit_what_one_does(job, artifact):
     more = dict(LOAD_ARTIFACT=str(artifact), VAL_TOKENS="2048", MIXER_CHUNK_TOKENS="64")
-    one, two = (job(n, AUDIT="strict", **more) for n in (1, 2))
+    one, two = (job(RANKS=n, AUDIT="strict", **more) for n in ("1", "2"))
     assert one.returncode == 0 and two.returncode == 0, two.stderr
     for a, b in zip(one.record["audit"], two.record["audit"], strict=True):
         assert a | dict(seconds=0) == b | dict(seconds=0)
@@ -392,7 +392,7 @@ def test_what_a_gpu_runs_is_proved(job):
     """Compiled graphs in bfloat16 on two ranks, from training to the decoder, as on CUDA; with the
     loop, that is with two graphs of training, and with all that golf has at full size."""
     more = dict(COMPILE="1", COMPUTE="bfloat16", AUDIT="strict", VAL_TOKENS="2048")
-    done = job(2, **FEW_BLOCKS, **more)
+    done = job(RANKS="2", **FEW_BLOCKS, **more)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     rows = {row["name"]: row for row in done.record["audit"]}
     assert {row["verdict"] for row in rows.values()} == {"PASS"} and len(rows) == 5

@@ -105,7 +105,7 @@ def test_another_seed_and_micro_batches(job, trained):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_evaluation_is_bit_identical_for_any_world_size(job, trained, processes):
     artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
-    done = job(processes, LOAD_ARTIFACT=artifact)
+    done = job(RANKS=str(processes), LOAD_ARTIFACT=artifact)
     assert done.returncode == 0, done.stderr
     assert done.final == trained.final
     for key, row in results(trained).items():
@@ -114,7 +114,7 @@ def test_evaluation_is_bit_identical_for_any_world_size(job, trained, processes)
 
 def test_a_cold_start_depends_on_the_number_of_ranks(job, trained):
     artifact = str(trained.logs / "golf-demo-1337.int6.ptz")
-    one, two = (job(n, LOAD_ARTIFACT=artifact, RECIPE="pr889") for n in (1, 2))
+    one, two = (job(RANKS=n, LOAD_ARTIFACT=artifact, RECIPE="pr889") for n in ("1", "2"))
     key = ("int6_sliding", "backoff_hashed")
     assert results(one)[key]["val_bpb"] != results(two)[key]["val_bpb"]
     key = ("int6_sliding", "backoff_exact")
@@ -124,7 +124,7 @@ def test_a_cold_start_depends_on_the_number_of_ranks(job, trained):
 @pytest.mark.parametrize("network", [{}, FRONTIER], ids=["shared", "golf's"])
 def test_two_ranks_train_the_same_network(job, trained, network):
     alone = job(**network) if network else trained
-    done = job(2, **network)
+    done = job(RANKS="2", **network) if network else job(2)  # torchrun's
     assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
     assert [len(d.record["train"]) for d in (alone, done)] == [6, 6]
     final = [d.record["validation"][-1]["val_loss"] for d in (alone, done)]

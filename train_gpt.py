@@ -5305,22 +5305,27 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
 # P0(y_j)); tables hold how often such hints were right, right[b,k] of seen[b,k]: buckets b by what
 # counts say of the hint, knots k at whole logits from -KNOT_MAX to KNOT_MAX of q_i (adaptive
 # probability maps, as in PAQ). A bucket starts with HINT_PRIOR observations of the opinion that it
-# corrects, sigmoid(k). The tables' logits are averaged:
+# corrects, sigmoid(k). What the tables say is mixed in the logistic domain (Mahoney 2005):
 #
 #     logit s[b,k] = logit of (right[b,k] + prior sigmoid(k)) / (seen[b,k] + prior)
-#     logit s_i = mean over tables of the linear interpolation of logit s[b,.] at logit q_i
+#     logit s_i = w_i . x_i,   x_i = (logit q_i; of each table, linearly between the knots; a bias)
 #     P(y_1) = s_1,   P(y_2) = (1 - s_1) s_2
 #     P(x) = (1 - s_1)(1 - s_2) P0(x) / (1 - P0(y_1) - P0(y_2)) for any other x
 #
 # a distribution whatever the s_i are. A scored target that is none of the hints before counts for
-# hint i, at the two knots around logit q_i, in the shares of the interpolation.
+# hint i, at the two knots around logit q_i, in the shares of the interpolation. The weights w_i
+# start as the mean of the tables; a chunk moves them by a step of Newton's method for logistic
+# regression, with the curvature of all that was scored (online Newton; Hazan et al. 2007).
 #
 # Buckets look at nothing that depends on the target, and tables change between chunks only, so a
-# distribution is there before its target. Tables count in integers of 2^-32: no order of adding
-# changes them. The constants were chosen on the first half of a stream by bench/mixers.py, which
-# scores saved neural passes anew.
+# distribution is there before its target. All sums are of integers, of 2^-32 but for the curvature:
+# no order of adding changes them. The constants were chosen on the first half of a stream by
+# bench/mixers.py, which scores saved neural passes anew.
 
 ONE = 2.0**32  # the tables' unit
+CURVATURE_ONE = (
+    2.0**24
+)  # the curvature's: of 2^31 targets of at most 200 each, the sum fits into int64
 KNOT_MAX = 12
 KNOTS = 2 * KNOT_MAX + 1  # of a bucket
 HINT_PRIOR = 10.0  # pseudo-observations of the opinion that is corrected, a knot
@@ -5337,8 +5342,15 @@ LEVEL_KEYS = 1 + math.prod(LEVEL_FEATURES.values())
 HINT_TABLES = (
     {"order": 17, "share": 5, "distance": 3, "agreement": 2 ** len(AGREEING_ORDERS)},
     {"order": 17, "streak": 6, "distinct": 5},
+    {"token": 1024, "length": 3},  # vocabularies of more pieces share bins
 )
-HINT_KEYS = max(math.prod(features.values()) for features in HINT_TABLES)
+# Of each table the first key; of all of them how many keys there are.
+*HINT_FIRST_KEYS, HINT_KEYS = itertools.accumulate(
+    map(math.prod, map(dict.values, HINT_TABLES)), initial=0
+)
+INPUTS = 1 + len(HINT_TABLES) + 1  # of a hint's weights
+BIAS = 0.3  # the last of them
+WEIGHT_PRIOR = 30.0  # of each weight's curvature at the start: so slow that the first chunks teach
 assert max(HINT_KEYS, LEVEL_KEYS) < 2**15, "keys are int16"
 assert FIELDS["mixer_max_order"].metadata["allowed"][0] >= max(DOCUMENT_MAX_ORDER, *AGREEING_ORDERS)
 
@@ -5347,7 +5359,7 @@ class NgramColumns(NamedTuple):
     """What the counts say of each target's context."""
 
     hints: Tensor  # int16 or int32 (HINTS,N); -1: none
-    hint_key: Tensor  # int16 (HINTS,tables,N), below HINT_KEYS; 0: no hint
+    hint_key: Tensor  # int16 (HINTS,tables,N), below HINT_KEYS; the first table's 0: no hint
     # Of each level float32 (known+1,1+HINTS): pair/context of the target and of the hints, at the
     # targets whose context is known, in their order; zeros at the end, for the others.
     ratios: list[Tensor]
@@ -5395,9 +5407,12 @@ def chunks_of(
 class Evidence(NamedTuple):
     """What the tables learn from M scored candidates."""
 
-    right: Tensor  # bool (HINTS,M), the candidate is the hint
+    asked: Tensor  # bool (HINTS,M), the candidate has the hint, and is none of those before it
+    right: Tensor  # bool (HINTS,M), it is the hint
     hint_cells: Tensor  # int64 (2,HINTS,tables,M), of the hint tables: the knots around logit q
     hint_shares: Tensor  # int64 as hint_cells, how much each counts, in units of 1/ONE
+    hint_inputs: Tensor  # float64 (HINTS,INPUTS,M), x of the weights
+    hint_logit: Tensor  # float64 (HINTS,M), of s
     level_cells: Tensor  # int64 (levels,M), of the level table
     responsibilities: Tensor  # float64 (1+levels,M), the share of P0 that each level explains
 
@@ -5439,8 +5454,12 @@ def hint_keys(order: int | Tensor, counts: Counts, near: int) -> Tensor:
         "agreement": 0,
         "streak": counts.streak,
         "distinct": counts.distinct,
+        "token": counts.hint % 1024,
     }
-    return torch.stack([number_of(digits, sizes) for sizes in HINT_TABLES]).to(torch.int16)
+    digits["length"] = (digits["order"] > 3).int() + (digits["order"] > 6).int()
+    tables = zip(HINT_FIRST_KEYS, HINT_TABLES, strict=True)
+    keys = [first + number_of(digits, sizes) for first, sizes in tables]
+    return torch.stack(keys).to(torch.int16)
 
 
 class Followed(NamedTuple):
@@ -5635,13 +5654,18 @@ def stream_hints(tokens: Tensor, span: tuple[int, int], cfg: Config) -> Tensor:
 class CalibratedMixer:
     """The tables. `predict` reads them, `update` adds scored targets; nothing else changes them.
 
-    hint_seen, hint_right: (HINTS * tables * HINT_KEYS * KNOTS,) int64, how many hints were seen
+    hint_seen, hint_right: (HINTS * HINT_KEYS * KNOTS,) int64, how many hints were seen
     there, and right. reached, explained: (levels * ENTROPIES * LEVEL_KEYS,) int64, the mass of
-    targets that reached a level, and that it explained. All in units of 1/ONE.
+    targets that reached a level, and that it explained. All in units of 1/ONE. weights:
+    (HINTS,INPUTS) float64. curvature: (HINTS,INPUTS,INPUTS) int64 in units of 1/CURVATURE_ONE.
     """
 
     def __init__(self, levels: int, device: str | torch.device = "cpu"):
-        hints = HINTS * len(HINT_TABLES) * HINT_KEYS * KNOTS
+        self.weights = torch.zeros(HINTS, INPUTS, dtype=torch.float64, device=device)
+        self.weights[:, 1:-1] = 1 / len(HINT_TABLES)
+        shape = (HINTS, INPUTS, INPUTS)
+        self.curvature = torch.zeros(shape, dtype=torch.int64, device=device)
+        hints = HINTS * HINT_KEYS * KNOTS
         cells = levels * ENTROPIES * LEVEL_KEYS
         self.hint_seen, self.hint_right = torch.zeros(2, hints, dtype=torch.int64, device=device)
         self.reached, self.explained = torch.zeros(2, cells, dtype=torch.int64, device=device)
@@ -5690,28 +5714,26 @@ class CalibratedMixer:
             total += own
         return total.mT, level_cells, parts.div_(total[:, 0])
 
-    def corrected(self, x: MixInputs, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The tables' opinion, logit s (HINTS,M), of hints of logit q (HINTS,M); with
-        Evidence.hint_cells and .hint_shares."""
+    def opinions(self, x: MixInputs, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Evidence.hint_inputs, .hint_cells and .hint_shares (before `asked`) of hints of logit q
+        (HINTS,M)."""
         # Where logit q lies on the axis of the knots, and the knot below it.
         place = (logit + KNOT_MAX).clamp(0, KNOTS - 1)
         below = place.long().clamp(0, KNOTS - 2)  # of NaN, too: the audit tells of it
         knots = torch.stack([below, below + 1])[:, :, None]
-        count = HINTS * len(HINT_TABLES)
-        table = torch.arange(count, device=logit.device).view(HINTS, len(HINT_TABLES), 1)
-        cells = (table * HINT_KEYS + x.hint_key) * KNOTS + knots
+        hint = torch.arange(HINTS, device=logit.device)[:, None, None]
+        cells = (hint * HINT_KEYS + x.hint_key) * KNOTS + knots
         prior = torch.sigmoid(knots.double() - KNOT_MAX) * HINT_PRIOR
         right = prior + self.hint_right[cells].double() / ONE
         wrong = HINT_PRIOR + self.hint_seen[cells].double() / ONE - right
         logits = right.log() - wrong.log()
         upper = (place - below)[:, None]
         logits = torch.lerp(logits[0], logits[1], upper)
-        own = logits[:, 0].clone()
-        for k in range(1, len(HINT_TABLES)):
-            own += logits[:, k]
+        own = logit.clamp(-KNOT_MAX, KNOT_MAX)[:, None]
+        inputs = torch.cat([own, logits, torch.full_like(own, BIAS)], 1)
         upper_share = (upper * ONE).round().long()
         shares = torch.stack([int(ONE) - upper_share, upper_share]).expand_as(cells)
-        return own / len(HINT_TABLES), cells, shares
+        return inputs, cells, shares
 
     def predict(self, x: MixInputs) -> tuple[Tensor, Evidence]:
         """(log P (M,) of the candidates, what there is to learn if they are scored)."""
@@ -5722,7 +5744,11 @@ class CalibratedMixer:
             left = torch.where(own, left - total[1 + i], left)
             rests.append(left.clamp(min=LEAST_REST).log())
         logp, rest = total[0].log(), torch.stack(rests)
-        logit, cells, shares = self.corrected(x, total[1:].log() - rest)
+        inputs, cells, shares = self.opinions(x, total[1:].log() - rest)
+        logit = torch.zeros_like(rest)
+        for k in range(INPUTS):  # `sum` adds the last columns in another order than the others
+            logit += self.weights[:, k, None] * inputs[:, k]
+        logit.clamp_(-KNOT_MAX, KNOT_MAX)
         number = x.hint_number.long()[None]
         none, others = torch.zeros_like(logp), logp  # that it is no hint so far; which one it is
         hits, asked = [], []
@@ -5732,12 +5758,15 @@ class CalibratedMixer:
             none = torch.where(own, none + F.logsigmoid(-logit[i]), none)
             others = torch.where(own, logp - rest[i], others)
         logp = torch.stack([none + others, *hits]).gather(0, number)[0]
-        shares = shares.masked_fill(~torch.stack(asked)[:, None], 0)
+        asked = torch.stack(asked)
+        shares = shares.masked_fill(~asked[:, None], 0)
         right = number == torch.arange(1, HINTS + 1, device=number.device)[:, None]
-        return logp, Evidence(right, cells, shares, level_cells, responsibilities)
+        hints = (asked, right, cells, shares, inputs, logit)
+        return logp, Evidence(*hints, level_cells, responsibilities)
 
     def update(self, seen: Evidence) -> None:
         """Add scored targets. What reaches a level is what it and all below it explain."""
+        self.move_weights(seen)
         cells, shares = seen.hint_cells.flatten(), seen.hint_shares
         self.hint_seen.index_add_(0, cells, shares.flatten())
         right = shares.masked_fill(~seen.right[:, None], 0)
@@ -5747,6 +5776,18 @@ class CalibratedMixer:
             reaching[k] += reaching[k - 1]
         for table, mass in ((self.explained, seen.responsibilities), (self.reached, reaching)):
             table.index_add_(0, cells, (mass[1:] * ONE).round_().long().flatten())
+
+    def move_weights(self, seen: Evidence) -> None:
+        """A step of Newton's method, by the slope of scored targets and the curvature of all."""
+        x, s = seen.hint_inputs, torch.sigmoid(seen.hint_logit)
+        slope = ((seen.right.double() - s) * seen.asked)[:, None] * x
+        slope = (slope * ONE).round_().long().sum(-1)
+        steepness = (s * (1 - s) * seen.asked * CURVATURE_ONE)[:, None] * x
+        for k in range(INPUTS):
+            self.curvature[:, k] += (steepness * x[:, k, None]).round_().long().sum(-1)
+        start = WEIGHT_PRIOR * torch.eye(INPUTS, dtype=x.dtype, device=x.device)
+        curvature = start + self.curvature.double() / CURVATURE_ONE
+        self.weights += torch.linalg.solve_ex(curvature, slope.double()[..., None] / ONE)[0][..., 0]
 
 
 def mix(
@@ -5798,8 +5839,7 @@ AUDIT_STEPS = 24  # of a window; the decoder computes a batch for each
 
 def hint_orders(ngram: NgramColumns) -> Tensor:
     """Order (N,) of each target's first hint, 0: none, from its key, whose first digit it is."""
-    keys = math.prod(HINT_TABLES[0].values()) // HINT_TABLES[0]["order"]
-    return ngram.hint_key[0, 0] // keys
+    return ngram.hint_key[0, 0] // (HINT_FIRST_KEYS[1] // HINT_TABLES[0]["order"])
 
 
 class Places(NamedTuple):

@@ -5350,7 +5350,9 @@ HINT_TABLES = (
 )
 INPUTS = 1 + len(HINT_TABLES) + 1  # of a hint's weights
 BIAS = 0.3  # the last of them
-WEIGHT_PRIOR = 30.0  # of each weight's curvature at the start: so slow that the first chunks teach
+WEIGHT_PRIOR = (
+    1000.0  # of each weight's curvature: the first chunks, before tables know, move little
+)
 assert max(HINT_KEYS, LEVEL_KEYS) < 2**15, "keys are int16"
 assert FIELDS["mixer_max_order"].metadata["allowed"][0] >= max(DOCUMENT_MAX_ORDER, *AGREEING_ORDERS)
 

@@ -11,6 +11,7 @@ hints, which follow from MIXER_MAX_ORDER: other orders need a pass made with tha
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -104,6 +105,13 @@ class Table:
         return logp
 
 
+def tables(*features):
+    """The file's constants with other tables of hints."""
+    *first, count = itertools.accumulate((math.prod(x.values()) for x in features), initial=0)
+    constants = dict(HINT_TABLES=features, HINT_FIRST_KEYS=first, HINT_KEYS=count)
+    return constants | dict(INPUTS=2 + len(features))
+
+
 def without_hints(ngram, first):
     """NgramColumns whose hints from number `first` on are none."""
     hints, keys = ngram.hints.clone(), ngram.hint_key.clone()
@@ -117,16 +125,19 @@ def ablations(table):
     table.calibrated("  hints alone", lambda x: x._replace(level_key=x.level_key * 0))
     table.calibrated("  interpolation alone", lambda x: without_hints(x, 0))
     table.calibrated("  one hint", lambda x: without_hints(x, 1))
-    first, second = golf.HINT_TABLES
-    table.calibrated("  the first table alone", constants=dict(HINT_TABLES=(first,)))
-    blind = (first, second | dict(streak=1))
-    table.calibrated("  without streaks", constants=dict(HINT_TABLES=blind))
+    first, second, third = golf.HINT_TABLES
+    table.calibrated("  the first table alone", constants=tables(first))
+    table.calibrated("  without the second table", constants=tables(first, third))
+    table.calibrated("  without the third table", constants=tables(first, second))
+    table.calibrated("  without streaks", constants=tables(first, second | dict(streak=1), third))
+    table.calibrated("  the mean of the tables", constants=dict(WEIGHT_PRIOR=1e30))
     table.calibrated("  without the document's levels", documents=())
     table.calibrated("  without distance", near=FAR)
     table.calibrated("  without entropy bins", constants=dict(ENTROPIES=1))
-    alone = (first | dict(agreement=1), second)
-    disagreeing = dict(HINT_TABLES=alone, AGREEING_ORDERS=())
+    disagreeing = tables(first | dict(agreement=1), second, third) | dict(AGREEING_ORDERS=())
     table.calibrated("  without agreement of short hints", constants=disagreeing)
+    table.calibrated("  weight prior 300", constants=dict(WEIGHT_PRIOR=300.0))
+    table.calibrated("  weight prior 3000", constants=dict(WEIGHT_PRIOR=3000.0))
     table.calibrated("  hint prior 5", constants=dict(HINT_PRIOR=5.0))
     table.calibrated("  hint prior 20", constants=dict(HINT_PRIOR=20.0))
     table.calibrated("  level prior 0.05, 1", constants=dict(LEVEL_PRIOR=(0.05, 1.0)))

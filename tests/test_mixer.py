@@ -94,7 +94,7 @@ class Slow:
     def __init__(self):
         self.hints, self.levels = {}, {}
         self.weights = [np.array([0, 1 / 3, 1 / 3, 1 / 3, 0]) for _ in range(2)]
-        self.curvature = [30 * np.eye(5) for _ in range(2)]
+        self.curvature = [1000 * np.eye(5) for _ in range(2)]
 
     def hints_of(self, stream):
         """Each hint with its bucket in each table; stream: {order: Scan}."""

@@ -29,7 +29,7 @@ PLANTS = [
     (12, "numbers", ", device=device", "", "count"),
     (13, "backoff_logp", ", device=place.device", "", "backoff"),
     (14, "CalibratedMixer.__init__", "hints, dtype=torch.int64, device=device", "hints", "mix"),
-    (15, "Evaluation.mix_inputs", "column[:end].to(tokens.device)", "column[:end]", "mix"),
+    (15, "Evaluation.mix_inputs", "end].to(tokens.device) for", "end] for", "mix"),
     (16, "CodedWindows.logits", "inputs.to(neural.tokens.device)", "inputs", "decode"),
 ]
 

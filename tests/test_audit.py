@@ -392,7 +392,7 @@ def test_what_a_gpu_runs_is_proved(job):
     """Compiled graphs in bfloat16 on two ranks, from training to the decoder, as on CUDA; with the
     loop, that is with two graphs of training, and with all that golf has at full size."""
     more = dict(COMPILE="1", COMPUTE="bfloat16", AUDIT="strict", VAL_TOKENS="2048")
-    done = job(RANKS="2", **FEW_BLOCKS, **more)
+    done = job(2, **FEW_BLOCKS, **more)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     rows = {row["name"]: row for row in done.record["audit"]}
     assert {row["verdict"] for row in rows.values()} == {"PASS"} and len(rows) == 5

@@ -227,7 +227,7 @@ def mixes_as_it_should(done, corpus, run):
     model = golf.GPT(golf.replace(cfg, mtp_num_heads=0), golf.sdpa_attention)
     model.load_state_dict({n: t.tensor() for n, t in tensors.items()})
     columns = golf.NeuralPass(model, corpus, cfg, run, cfg.eval_stride).columns()
-    columns = golf.NeuralColumns(*columns.unbind(1))
+    columns = golf.NeuralColumns.of(columns.unbind(1))
     hashed = dict(buckets=cfg.ngram_buckets, match=cfg.ngram_match)
     first, stride = cfg.eval_seq_len, cfg.eval_stride
     hashed |= dict(

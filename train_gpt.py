@@ -5483,12 +5483,11 @@ class UnfinishedColumns:
 
     def __init__(self, hints: Tensor, levels: int, near: int):
         self.hints, self.near, device = F.pad(hints, (0, 1), value=-1), near, hints.device
-        places = self.hints.size(1)
-        self.hint_key = torch.zeros(HINTS, len(HINT_TABLES), places, dtype=torch.int16)
-        self.hint_key = self.hint_key.to(device)
-        self.agreement = torch.zeros(HINTS, places, dtype=torch.int16, device=device)
+        places, kind = self.hints.size(1), {"dtype": torch.int16, "device": device}
+        self.hint_key = torch.zeros(HINTS, len(HINT_TABLES), places, **kind)
+        self.agreement = torch.zeros(HINTS, places, **kind)
         self.ratios = [torch.empty(0)] * levels
-        self.level_key = torch.zeros(levels, places, dtype=torch.int16, device=device)
+        self.level_key = torch.zeros(levels, places, **kind)
 
     def add(self, level: int, counted: Iterable[Followed], order: int = 0) -> None:
         """Fill a level's rows. order: a level's of the stream, which names hints."""
@@ -5780,7 +5779,7 @@ class CalibratedMixer:
             table.index_add_(0, cells, (mass[1:] * ONE).round_().long().flatten())
 
     def move_weights(self, seen: Evidence) -> None:
-        """A step of Newton's method, by the slope of scored targets and the curvature of all."""
+        """A step of Newton's method: the slope of these targets, the curvature of all so far."""
         x, s = seen.hint_inputs, torch.sigmoid(seen.hint_logit)
         slope = ((seen.right.double() - s) * seen.asked)[:, None] * x
         slope = (slope * ONE).round_().long().sum(-1)

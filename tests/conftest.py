@@ -78,11 +78,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.fast)
 
 
-def pytest_xdist_auto_num_workers(config) -> int:
-    """One more than cores, for some tests wait for what they have started."""
-    return 1 + len(os.sched_getaffinity(0))
-
-
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
     """A folder with 35 text files: pytest's own sources, which are pinned. Those of Python differ

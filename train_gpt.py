@@ -288,7 +288,7 @@ class ArtifactSettings:
     matrix_bits: int = setting(6, "bits of a matrix code; with ans, on average", (2, 8))
     embed_bits: int = setting(8, "bits of an embedding code, likewise", (2, 8))
     compressor: str = setting(
-        "ans", "ans: entropy coder of 8-bit codes; others: a byte a code", ["ans", "zstd", "lzma"]
+        "ans", "ans: entropy coder of 8-bit codes; others: a byte per code", ["ans", "zstd", "lzma"]
     )
     artifact_bytes: int = setting(16_000_000, "budget for code + artifact", POSITIVE)
     load_weights: str = setting("", "quantize these weights (.safetensors); no training")
@@ -2432,7 +2432,7 @@ VALUE_SCALE = 0.1
 VALUE_GATE = -1.5  # logit of the share of the first layer's values
 LANE_KEEP = 1.1  # share of a lane that a block keeps, at the start (#1529)
 GATE_WIDTH = 12  # channels that the gates of attention (#1667) and smear (#1851) look at
-# Inductor's: 6 ms a step slower with it, and silently wrong gradients (pytorch 179494, 193061)
+# Inductor's: 6 ms per step slower with it, and silently wrong gradients (pytorch 179494, 193061)
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 COMPILED_DEVICES = ("cuda",)  # for which Inductor has Triton
 # Of training on a CPU: a minute of compilation, once, makes its steps a third faster.
@@ -2850,7 +2850,7 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, looping: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(loss to minimize (), cross-entropy () in nats a token) for tokens and targets (B,T)."""
+        """(loss to minimize (), cross-entropy () in nats per token), of tokens, targets (B,T)."""
         w = self.weights()
         x = self.trunk(w, tokens, tokens.size(1), looping)
         loss = main = self.cross_entropy(x, w, targets)
@@ -4230,7 +4230,7 @@ def decompress_zstd(data: bytes, most_bytes: int) -> bytes:
 
 
 def encode_bytes(codes: list[np.ndarray]) -> PackedCodes:
-    """A byte a code: packing bits before a dictionary coder costs 12 % (submission #1649)."""
+    """A byte per code: packing bits before a dictionary coder costs 12 % (submission #1649)."""
     return PackedCodes(b"".join(c.tobytes() for c in codes), b"")
 
 
@@ -4541,7 +4541,6 @@ def code_bytes() -> int:
 DETERMINISTIC = {"deterministic": True}
 LOG_SHARE = 50  # progress lines a pass: about every 2 %
 CHALLENGE_RANKS = 8  # over which VAL_BATCH_SIZE is divided
-LEAST_SUM = 1e-300  # keeps logarithms of float64 sums finite
 HINTS = 2  # tokens that the counts name at a target; a third gains 0.001 bits per byte more
 
 
@@ -4756,7 +4755,7 @@ class NeuralPass:
 
 
 def score_of(logp: Tensor, byte_counts: Tensor) -> dict:
-    """val_loss (nats a token) and val_bpb (bits a byte) of (N,), summed in stream order."""
+    """val_loss (nats per token) and val_bpb (bits per byte) of (N,), summed in stream order."""
     nats, total = -float(np.add.reduce(logp.double().numpy())), int(byte_counts.sum())
     return {
         "val_loss": nats / len(logp),
@@ -4807,9 +4806,7 @@ class Counts(NamedTuple):
     hint: Tensor | None = None  # the token that did last; -1: none
     hint_count: Tensor | None = None  # how often that one did
     distance: Tensor | None = None  # how many tokens ago the context did
-    streak: Tensor | None = (
-        None  # how many times in a row the hint followed, the last time included
-    )
+    streak: Tensor | None = None  # how many times in a row the hint followed, the last included
 
 
 class Groups(NamedTuple):
@@ -5323,9 +5320,7 @@ def backoff_logp(logp: Tensor, entropy: Tensor, part: BackoffColumns, cfg: Confi
 # bench/mixers.py, which scores saved neural passes anew.
 
 ONE = 2.0**32  # the tables' unit
-CURVATURE_ONE = (
-    2.0**24
-)  # the curvature's: of 2^31 targets of at most 200 each, the sum fits into int64
+CURVATURE_ONE = 2.0**24  # the curvature's unit: 2^31 targets of at most 200 each fit into int64
 KNOT_MAX = 12
 KNOTS = 2 * KNOT_MAX + 1  # of a bucket
 HINT_PRIOR = 10.0  # pseudo-observations of the opinion that is corrected, a knot
@@ -5349,10 +5344,9 @@ HINT_TABLES = (
     map(math.prod, map(dict.values, HINT_TABLES)), initial=0
 )
 INPUTS = 1 + len(HINT_TABLES) + 1  # of a hint's weights
-BIAS = 0.3  # the last of them
-WEIGHT_PRIOR = (
-    1000.0  # of each weight's curvature: the first chunks, before tables know, move little
-)
+BIAS = 0.3  # input of the weight that stands alone; small, for rates are much the same
+# Curvature of each weight at the start: the first chunks, whose tables know nothing, move little.
+WEIGHT_PRIOR = 1000.0
 assert max(HINT_KEYS, LEVEL_KEYS) < 2**15, "keys are int16"
 assert FIELDS["mixer_max_order"].metadata["allowed"][0] >= max(DOCUMENT_MAX_ORDER, *AGREEING_ORDERS)
 
@@ -6734,7 +6728,7 @@ def curves(evaluation: Evaluation) -> list[dict]:
 def plot_training(axes, record: dict) -> None:
     """Training loss, with the validation points on the same axes."""
     train, checks = record["train"], record["validation"]
-    axes.set(title="Training", xlabel="step", ylabel="loss, nats a token")
+    axes.set(title="Training", xlabel="step", ylabel="loss, nats per token")
     if not train:
         axes.text(0.5, 0.5, "no training in this run", ha="center", transform=axes.transAxes)
         return
@@ -7022,8 +7016,8 @@ def warnings_of(record: dict) -> Iterator[str]:
     per_target = row["bytes"] / row["tokens"]
     if not BYTES_A_TARGET[0] <= per_target <= BYTES_A_TARGET[1]:
         yield (
-            f"{per_target:.2f} bytes a target: this text is not like the text of its vocabulary, "
-            f"and bits a byte do not compare with other text's"
+            f"{per_target:.2f} bytes per target: this text is not like the text of its vocabulary, "
+            f"and bits per byte do not compare with other text's"
         )
     if not is_challenge_text(record):
         yield "not the challenge's validation text: the score does not compare with its leaderboard"

@@ -16,7 +16,7 @@ Columns of the table: `updates`, windows between updates of the tables; `left` a
 sides, where `+ quirk` is the emulation with this quirk and those of the rows above; `targets
 differ`, targets whose first scoring differs by more than 1e-6 nats; `largest`, of these
 differences, nats; `scorings`, of the left side, repeats too; `scorings differ`, or one side lacks
-them; bits a token of all the left side's scorings, of the left and of the right each target once.
+them; bits per token of all the left side's scorings, of the left and of the right each target once.
 Exit status: 0, 1 if something is not explained by the quirks, 2 if a file cannot be had.
 """
 
@@ -148,7 +148,7 @@ class Submission(NamedTuple):
     function: str
     line: int
     reads: Callable[[dict[str, Any]], tuple[int, Any]]
-    call: Callable[..., float]  # (module, common arguments, Case) -> nats a token
+    call: Callable[..., float]  # (module, common arguments, Case) -> nats per token
     quirks: tuple[str, ...]
     updates: tuple[int, ...] = (1,)  # windows between updates of its published runs
     softmax: bool = False  # p is softmax(logits), not exp(log_softmax(logits))
@@ -789,7 +789,7 @@ def print_head(tokens, network, args) -> float:
     print(" ".join(["python bench/fidelity.py", *(places.get(x, x) for x in sys.argv[1:])]))
     print(f"torch {torch.__version__}; {len(tokens):,} tokens, as int64 of SHA-256 {digest}")
     print(
-        f"network alone: {-columns[0].mean() / math.log(2):.4f} bits a token, entropies "
+        f"network alone: {-columns[0].mean() / math.log(2):.4f} bits per token, entropies "
         f"{entropy[0]:.2f} {entropy[1]:.2f} {entropy[2]:.2f} nats (5, 50, 95 %), "
         f"golf.score_logits within {gap:.1e} nats"
     )

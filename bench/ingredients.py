@@ -232,7 +232,7 @@ def report(out: Path) -> None:
 
 @torch.no_grad()
 def divergence(model, other, tokens) -> float:
-    """KL divergence, nats a token, of a network's distributions to another's."""
+    """KL divergence, nats per token, of a network's distributions to another's."""
     own, others = (m.logits(tokens).double().log_softmax(-1) for m in (model, other))
     return float((own.exp() * (own - others)).sum(-1).mean())
 
@@ -287,7 +287,7 @@ def show_sensitivities(args: argparse.Namespace, base: dict[str, str]) -> None:
     """Print `sensitivities` of the arms asked for."""
     for name in args.only:
         shipped, count, measured, told = sensitivities(name, args.out, base)
-        print(f"{name}: as trained to as shipped {shipped:.4f} nats a token, of {count}")
+        print(f"{name}: as trained to as shipped {shipped:.4f} nats per token, of {count}")
         print(f"{name}, by layer: measured {shares(measured)}; told {shares(told)}")
 
 

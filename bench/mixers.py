@@ -180,7 +180,7 @@ def neural_rows(logp, tokens, hints):
 
 
 def noise(count, vocab_size=1024, sigma=2.0, block=8192):
-    """Cost in bits a token where every token is drawn from a random softmax of its own."""
+    """Cost in bits per token where every token is drawn from a random softmax of its own."""
     draw = torch.Generator().manual_seed(0)
 
     def logp_of(begin):
@@ -202,7 +202,7 @@ def noise(count, vocab_size=1024, sigma=2.0, block=8192):
         logp, _ = golf.mix(neural, ngram, ngram.hint_number(tokens[1:]), chunk)
         cost = (neural.logp - logp) / math.log(2)
         print(
-            f"{count} tokens of noise, chunks of {chunk}: {float(cost.mean()):+.5f} bits a token "
+            f"{count} tokens of noise, chunks of {chunk}: {float(cost.mean()):+.5f} bits per token "
             f"(first tenth {float(cost[: count // 10].mean()):+.5f})"
         )
 

@@ -187,6 +187,8 @@ def measure(folder, path):
     spec = importlib.util.spec_from_file_location("measured", f"{folder}/train_gpt.py")
     other = sys.modules["measured"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
+    if getattr(other, "HINTS", 0) != golf.HINTS:
+        raise SystemExit(f"{folder}: its mixer has other hints; time it by its own bench")
     device, cfg = "cuda" if torch.cuda.is_available() else "cpu", other.Config()
     tokens = torch.from_numpy(np.load(path)).to(device)
     size = len(tokens) - 1
@@ -203,7 +205,7 @@ def measure(folder, path):
     result = {"hints": naming, "columns": columns, "mixing": mixing, "bytes": peak_bytes(device)}
     if size < COMPARED:
         compared = {"hints": hints, "level_key": ngram.level_key, "hint_key": ngram.hint_key}
-        compared |= {"ratios": torch.cat(ngram.ratios, 1), "network": neural.rows(), "logp": logp}
+        compared |= {"ratios": torch.cat(ngram.ratios), "network": neural.rows(), "logp": logp}
         result["digests"] = {name: digest(tensor) for name, tensor in compared.items()}
     print(json.dumps(result))
 
@@ -211,7 +213,9 @@ def measure(folder, path):
 def measured(folder, path):
     """What `measure` finds, in a process of its own."""
     command = [sys.executable, __file__, "--measure", folder, path]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"measuring {folder}: exit status {done.returncode}, see above")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -178,12 +178,12 @@ def versus_figures(lines: list[Line]) -> dict:
 
 
 def mixing_figures(lines: list[Line]) -> dict:
-    """{"tokens": seconds and memory} of columns and mixing, of bench/ngram_counts.py."""
+    """{"tokens": seconds and memory} of hints, columns and mixing, of bench/ngram_counts.py."""
     figures = {}
     for _, text in lines:
-        found = re.match(r"\s*([\d,]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)$", text)
+        found = re.match(r"\s*([\d,]+)" + 4 * r"\s+([\d.]+)" + "$", text)
         if found:
-            names = ("columns_seconds", "mixing_seconds", "gib")
+            names = ("hints_seconds", "columns_seconds", "mixing_seconds", "gib")
             values = map(float, found.groups()[1:])
             figures[found[1]] = dict(zip(names, values, strict=True))
     return figures

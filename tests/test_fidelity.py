@@ -306,7 +306,7 @@ def test_without_a_clone_it_says_how_to_get_one(command, words, capsys):
 
 
 def test_the_docs_table_is_the_logs():
-    """Targets that differ and bits a token, of every case of 40,000 targets."""
+    """Targets that differ and bits per token, of every case of 40,000 targets."""
     log = (ROOT / "logs/reference/fidelity.txt").read_text().splitlines()
     logged = [[cell.strip() for cell in line.split("|")[1:-1]] for line in log if line[:3] == "| #"]
     page = (ROOT / "docs/recipes.md").read_text("utf-8")

@@ -10,6 +10,7 @@ import tarfile
 import time
 
 import gpu_visit
+import ngram_counts
 import numpy as np
 import pytest
 import rehearse
@@ -354,22 +355,35 @@ def test_a_run_that_was_killed_has_the_figures_so_far():
     }
 
 
-def test_figures_of_benches():
+def test_figures_of_benches(capsys):
+    measured = dict(hints=5.7, columns=14.6, mixing=4.6, bytes=1.5 * 2**30)
+    ngram_counts.mixing_line(8_000_000, measured, None)
     lines = stamped(
         [
             "training_step full cuda: ours 62.5 ms, plain 125.0 ms, ratio 0.500 (median of 9)",
             "  ours: 400.0 TFLOP/s, MFU 40.4% of 989 TFLOP/s, peak 123 bytes",
-            "     tokens  columns   mixing    GiB",
-            "  8,000,000     14.6      4.6   1.41",
+            *capsys.readouterr().out.splitlines(),
             "check device: NVIDIA H200, 1 of 2 bytes free (0.1 s)",
         ]
     )
     side = {"ours_ms": 62.5, "plain_ms": 125.0, "ratio": 0.5}
     side |= {"ours_mfu": "40.4%", "ours_peak_bytes": 123}
     assert figures.versus_figures(lines) == {"training_step_full_cuda": side}
-    mixing = {"columns_seconds": 14.6, "mixing_seconds": 4.6, "gib": 1.41}
+    mixing = {"columns_seconds": 14.6, "mixing_seconds": 4.6, "gib": 1.5, "hints_seconds": 5.7}
     assert figures.mixing_figures(lines) == {"8,000,000": mixing}
     assert figures.check_figures(lines) == {"device": "NVIDIA H200, 1 of 2 bytes free"}
+
+
+def test_columns_and_mixing_of_a_short_stream_are_measured(tmp_path, capsys):
+    """The same digests twice: --baseline compares them before it times two revisions."""
+    np.save(tmp_path / "tokens.npy", ngram_counts.make_stream(5000))
+    found = []
+    for _ in range(2):
+        ngram_counts.measure(str(ROOT), tmp_path / "tokens.npy")
+        found.append(json.loads(capsys.readouterr().out))
+    ngram_counts.compare(found[0]["digests"], found[1]["digests"])
+    assert {"hints", "columns", "mixing", "bytes"} <= found[0].keys()
+    ngram_counts.mixing_line(5000, found[0], found[1])
 
 
 # --------------------------------------------------------------------------------------------------

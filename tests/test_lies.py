@@ -77,7 +77,7 @@ WARNINGS = (
     "nothing was trained",
     "is in the training text too",
     "worse than the text's own token frequencies",
-    "bytes a target",
+    "bytes per target",
     NOT_THE_CHALLENGES,
 )
 
@@ -1062,13 +1062,13 @@ for name, stage, change, found_by in (
         "half_of_a_shard_is_lost",
         "data",
         lost,
-        {"text of a shard", "TOO LITTLE TEXT", "bytes a target"},
+        {"text of a shard", "TOO LITTLE TEXT", "bytes per target"},
     ),
     (
         "a_shard_has_no_text",
         "data",
         lambda tokens: np.full_like(tokens, golf.BOS),
-        {"text of a shard", "unknown pieces", "TOO LITTLE TEXT", "bytes a target", "bytes"},
+        {"text of a shard", "unknown pieces", "TOO LITTLE TEXT", "bytes per target", "bytes"},
     ),
     (
         "a_document_has_no_beginning",
@@ -1274,7 +1274,7 @@ for name, stage, values, found_by in (
         dict(corpus__val_documents=golf.CHALLENGE_DOCUMENTS - 1000),
         {NOT_THE_CHALLENGES},
     ),
-    ("pieces_are_of_strange_text", "record", dict(result__tokens=9_999_999), {"bytes a target"}),
+    ("pieces_are_of_strange_text", "record", dict(result__tokens=9_999_999), {"bytes per target"}),
     ("the_network_knows_nothing", "record", dict(unigram_bpb=1.7), {WARNINGS[3]}),
 ):
     LIES.append(Lie(name, stage, told(**values), found_by))

@@ -6,6 +6,7 @@ import types
 from typing import NamedTuple
 from unittest import mock
 
+import mixers
 import numpy as np
 import pytest
 import torch
@@ -274,6 +275,26 @@ def test_the_mass_is_one_whatever_the_tables_hold_and_the_keys_are():
         for tables in (mixer, nonsense):
             for inputs_ in (x, collide):
                 assert abs(float(tables.predict(inputs_)[0].exp().sum()) - 1) < 1e-7
+
+
+def test_the_bench_scores_a_saved_pass_and_refuses_one_of_another_mixer(tmp_path, capsys):
+    n = 1500
+    tokens, logp = text(n, 10), network(n, 10)
+    neural, ngram, number = inputs(tokens, logp)
+    saved = dict(columns=neural.rows(), tokens=tokens.to(torch.uint16), hints=ngram.hints)
+    saved |= dict(byte_counts=torch.full((n,), 2, dtype=torch.int16))
+    saved |= dict(eval_seq_len=torch.tensor(NEAR), mixer_max_order=torch.tensor(MAX_ORDER))
+    golf.write_atomic(tmp_path / "pass.safetensors", saved)
+    mixers.compare(str(tmp_path / "pass.safetensors"))
+    rows = {line[:42].strip(): line[42:].split() for line in capsys.readouterr().out.splitlines()}
+    bits = -float(golf.mix(neural, ngram, number, mixers.CHUNK)[0].sum()) / math.log(2)
+    assert float(rows["calibrated"][0]) == pytest.approx(bits / (2 * n), abs=1e-4)
+    alone = golf.mix(neural, mixers.without_hints(ngram, 0), number * 0, mixers.CHUNK)[0]
+    bits = -float(alone.sum()) / math.log(2)
+    assert float(rows["interpolation alone"][0]) == pytest.approx(bits / (2 * n), abs=1e-4)
+    golf.write_atomic(tmp_path / "old.safetensors", saved | dict(columns=torch.zeros(n, 4)))
+    with pytest.raises(SystemExit, match="another mixer"):
+        mixers.compare(str(tmp_path / "old.safetensors"))
 
 
 def test_repeats_are_worth_bits_and_noise_costs_few():

@@ -130,7 +130,7 @@ def test_a_one_sample_t_test_in_the_challenges_unit(runs):
         line = done.stdout.splitlines()[-1]
         assert line.startswith(
             f"one-sided one-sample t-test, n = 3: is mean val_bpb 1.116667 lower than "
-            f"{baseline:.6f} by more than {nats / 2:.6f} ({nats:g} nats a token)? "
+            f"{baseline:.6f} by more than {nats / 2:.6f} ({nats:g} nats per token)? "
             f"t = {t:.4g}, df = 2, p = {below(t):.3g}: "
         )
 
@@ -147,7 +147,7 @@ def test_a_one_sample_t_test_in_the_challenges_unit(runs):
         (
             "1.3",
             ["--margin", "0.1"],
-            "(0.1 nats a token)? | the challenge asks for 0.005 nats at p < 0.01",
+            "(0.1 nats per token)? | the challenge asks for 0.005 nats at p < 0.01",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_the_line_says_whether_the_challenges_bar_is_met(runs, baseline, margin,
     [
         (["--baseline", "1.1,x"], "--baseline '1.1,x': expected val_bpb"),
         (["--baseline", "nan"], "--baseline 'nan': expected val_bpb"),
-        (["--baseline", "1.1", "--margin", "-1"], "--margin -1.0: expected nats a token"),
+        (["--baseline", "1.1", "--margin", "-1"], "--margin -1.0: expected nats per token"),
     ],
 )
 def test_a_comparison_that_means_nothing_is_refused(runs, options, words):

@@ -116,7 +116,7 @@ def test_what_would_mislead_is_said():
     for row in record["result"]:
         row |= dict(bytes=10 * row["tokens"], val_bpb=1.0)
     first, second = golf.warnings_of(record)
-    assert "10.00 bytes a target" in first and foreign in second
+    assert "10.00 bytes per target" in first and foreign in second
     for row in record["result"]:
         row |= dict(tokens=62_021_632, bytes=151_080_362)
     record["corpus"]["val_documents"] = 50_000

@@ -2,7 +2,7 @@
 
     python tools/summary.py logs/s*.json
         --baseline 1.1147[,1.1150,...]   one-sided t-test that the mean val_bpb is lower ...
-        --margin 0.005                   ... by more than so many nats a token (the challenge's)
+        --margin 0.005                   ... by more than so many nats per token (the challenge's)
         --submission FILE                the challenge's submission.json over all seeds
         --record DIR                     the challenge's records folder, which runs from there
         --any-verdict                    these three of runs whose verdict is not VALID, and say so
@@ -352,13 +352,13 @@ def parse_baseline(text: str) -> list[float]:
 def compare(rows: list[dict], text: str, nats: float) -> tuple[str, dict]:
     """(what --baseline prints, the same as data for submission.json).
 
-    text: the baseline, in bits per byte. nats: the margin, in nats a token, the unit of the
-    challenge's rule. Bits per byte and nats a token of one text in one vocabulary have one ratio,
+    text: the baseline, in bits per byte. nats: the margin, in nats per token, the unit of the
+    challenge's rule. Bits per byte and nats per token of one text in one vocabulary have one ratio,
     ln 2 times its bytes a token; it is val_loss / val_bpb of these runs, and turns the margin into
     bits per byte, in which the test is made: t and p are the same in both.
     """
     if not 0 <= nats < math.inf:
-        raise SummaryError(f"--margin {nats}: expected nats a token, 0 or more")
+        raise SummaryError(f"--margin {nats}: expected nats per token, 0 or more")
     bpb, baseline = [r["val_bpb"] for r in rows], parse_baseline(text)
     margin = nats * statistics.mean(bpb) / statistics.mean(r["val_loss"] for r in rows)
     test = t_test(bpb, baseline, margin)
@@ -368,7 +368,7 @@ def compare(rows: list[dict], text: str, nats: float) -> tuple[str, dict]:
     line = (
         f"{test.name}, n = {' and '.join(map(str, test.n))}: is mean val_bpb "
         f"{statistics.mean(bpb):.6f} lower than {statistics.mean(baseline):.6f} by more than "
-        f"{margin:.6f} ({nats:g} nats a token)? "
+        f"{margin:.6f} ({nats:g} nats per token)? "
         f"t = {test.t:.4g}, df = {test.df:.4g}, p = {test.p:.3g}: {bar}"
     )
     return line, dict(
@@ -591,7 +591,10 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", help="logs/<run_id>.json; what is no run is skipped")
     parser.add_argument("--baseline", default="", help="val_bpb to beat; one number or several")
     parser.add_argument(
-        "--margin", type=float, default=RECORD_NATS, help="nats a token to beat it by (%(default)s)"
+        "--margin",
+        type=float,
+        default=RECORD_NATS,
+        help="nats per token to beat it by (%(default)s)",
     )
     parser.add_argument("--submission", default="", help="file to write")
     parser.add_argument("--record", default="", help="folder to make")

@@ -281,7 +281,9 @@ def test_the_bench_scores_a_saved_pass_and_refuses_one_of_another_mixer(tmp_path
     n = 1500
     tokens, logp = text(n, 10), network(n, 10)
     neural, ngram, number = inputs(tokens, logp)
-    saved = dict(columns=neural.rows(), tokens=tokens.to(torch.uint16), hints=ngram.hints)
+    saved = dict(
+        columns=neural.rows(), tokens=tokens.to(torch.uint16), hints=ngram.hints.contiguous()
+    )
     saved |= dict(byte_counts=torch.full((n,), 2, dtype=torch.int16))
     saved |= dict(eval_seq_len=torch.tensor(NEAR), mixer_max_order=torch.tensor(MAX_ORDER))
     golf.write_atomic(tmp_path / "pass.safetensors", saved)

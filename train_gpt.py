@@ -5494,8 +5494,7 @@ class UnfinishedColumns:
             ratio.index_copy_(0, slot, (pairs / context[:, None]).float())
             if order:
                 self.put_keys(order, slot, counts, hints)
-        keys[-1] = 0
-        known = (keys > 0).nonzero().squeeze(1)
+        known = (keys[:-1] > 0).nonzero().squeeze(1)
         self.ratios[level] = F.pad(ratio.index_select(0, known), (0, 0, 0, 1))
 
     def put_keys(self, order: int, slot: Tensor, counts: Counts, hints: list[Tensor]) -> None:
